@@ -1,0 +1,129 @@
+"""Which backend of an op runs, and why the others did not.
+
+An op hands `select` its ladder of kernel backends and its arguments. The first rung without an objection runs;
+when every rung objects, the reference (`torch`) runs. The choice is remembered for `bbfast info` and the demo.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bbfast import env
+
+
+class FallbackWarning(UserWarning):
+    """An op ran on its reference although a kernel backend was expected to run."""
+
+
+class BackendUnavailableError(RuntimeError):
+    """`BBFAST_STRICT=1` and no kernel backend could take a call."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op.
+
+    Attributes:
+        name: one of `env.BACKENDS`, but not `auto`.
+        unsupported_reasons: takes the op's arguments, returns why this backend cannot run them (empty: it can).
+        run: takes the op's arguments.
+    """
+
+    name: str
+    unsupported_reasons: Callable[..., list[str]]
+    run: Callable
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the last call of an op ran on; `reasons` are those of the backends that were passed over."""
+
+    backend: str
+    reasons: tuple[str, ...]
+
+
+_choices: dict[str, Choice] = {}
+_warned: set[tuple[str, str]] = set()
+
+
+def select(op: str, kernels: Sequence[Backend], reference: Callable, *args) -> Callable:
+    """Returns the function that should run `op` on `args`.
+
+    Args:
+        op: the op's name, for messages.
+        kernels: kernel backends, best first.
+        reference: plain torch, takes anything.
+        *args: the op's arguments; the first one is a tensor, whose device decides whether a fallback is news.
+
+    Raises:
+        BackendUnavailableError: `BBFAST_STRICT=1` and only the reference is left.
+        ValueError: an environment variable holds an unknown value.
+    """
+    wanted = env.backend()
+    if wanted == "torch":
+        _choices[op] = Choice("torch", ("BBFAST_BACKEND=torch",))
+        return reference
+
+    reasons = []
+    for kernel in kernels:
+        if wanted not in ("auto", kernel.name):
+            continue
+        objections = kernel.unsupported_reasons(*args)
+        if not objections:
+            _choices[op] = Choice(kernel.name, tuple(reasons))
+            return kernel.run
+        reasons += [f"{kernel.name}: {reason}" for reason in objections]
+    if not reasons:
+        reasons = [f"{wanted}: {op} has no such backend (it has: {', '.join(k.name for k in kernels) or 'none'})"]
+
+    if env.strict():
+        raise BackendUnavailableError(
+            f"{op}: no kernel backend takes this call and BBFAST_STRICT=1 forbids the reference; " + "; ".join(reasons)
+        )
+    # On a CPU the reference is the plan, not a fallback; on a GPU, or when a backend was asked for, it is news.
+    if args[0].device.type != "cpu" or wanted != "auto":
+        _warn_once(op, reasons)
+    _choices[op] = Choice("torch", tuple(reasons))
+    return reference
+
+
+def last_choices() -> dict[str, Choice]:
+    """For each op that ran in this process: the backend of its last call, and why others were passed over."""
+    return dict(_choices)
+
+
+def forget_choices() -> None:
+    """Clears what `last_choices` returns and lets every fallback warn again."""
+    _choices.clear()
+    _warned.clear()
+
+
+def _warn_once(op: str, reasons: Sequence[str]) -> None:
+    new = [reason for reason in reasons if (op, reason) not in _warned]
+    if new:
+        _warned.update((op, reason) for reason in new)
+        warnings.warn(f"{op} falls back to the torch reference: {'; '.join(new)}", FallbackWarning, stacklevel=4)
+
+
+def triton_unavailable_reasons(x: torch.Tensor) -> list[str]:
+    """Why Triton kernels cannot run on `x`'s device at all (empty: they can)."""
+    try:
+        import triton
+    except ModuleNotFoundError:
+        return ["the package triton is not installed"]
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 6):
+        return [f"triton {triton.__version__} is older than 3.6, which the kernels need"]
+    if x.device.type == "cpu":
+        return [] if env.TRITON_INTERPRET else ["x is on the CPU (kernels need a CUDA tensor, or TRITON_INTERPRET=1)"]
+    if x.device.type != "cuda":
+        return [f"x is on device {x.device.type!r}; kernels need CUDA"]
+    if torch.version.hip is not None:
+        return ["this torch is built for ROCm; kernels are tuned for NVIDIA GPUs only"]
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return [f"{torch.cuda.get_device_name(x.device)} is older than Ampere (compute capability 8.0)"]
+    return []

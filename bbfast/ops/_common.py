@@ -1,0 +1,201 @@
+"""What every op file shares: the torch.library handle, argument checks, autocast, output layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from bbfast.reference.activation import ACTIVATIONS
+
+LIBRARY = torch.library.Library("bbfast", "DEF")
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Kernels compute in fp32, so these are the element types they load and store.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def define(schema: str, implementation: Callable, fake: Callable):
+    """Registers `bbfast::<schema>` with one implementation for CPU and CUDA and returns the op.
+
+    The implementation chooses its backend; the fake gives shapes, dtypes and strides for tracing.
+    """
+    name = schema.split("(")[0]
+    LIBRARY.define(schema)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(f"bbfast::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.bbfast, name).default
+
+
+def check_tensor(name: str, value, *, rank: int | None = None, layout: str = "") -> None:
+    """Raises TypeError or ValueError unless `value` is a dense floating-point tensor of the given rank."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}; allowed: float32, float16, bfloat16, float64")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}; only dense (torch.strided) tensors are taken")
+    if rank is not None and value.dim() != rank:
+        raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(value.shape)}")
+
+
+def check_channel_vector(name: str, value, channels: int, like: torch.Tensor) -> None:
+    """Raises unless `value` is None or a [channels] tensor on `like`'s device."""
+    if value is None:
+        return
+    check_tensor(name, value)
+    if value.shape != (channels,):
+        raise ValueError(f"{name} must have shape ({channels},), one value per channel, got {tuple(value.shape)}")
+    check_same_device(name, value, like)
+
+
+def check_same_device(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device} but x is on {like.device}; move them to one device")
+
+
+def check_act(act) -> None:
+    if not isinstance(act, str):
+        raise TypeError(f"act must be a string, got {type(act).__name__}")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act={act!r} is not known; allowed: {', '.join(ACTIVATIONS)}")
+
+
+def check_batch_norm(
+    channels: int, like: torch.Tensor, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps, names
+) -> None:
+    """Checks the BatchNorm arguments that several ops take; `names` are what the op calls weight and bias."""
+    for name, value in ((names[0], bn_weight), (names[1], bn_bias)):
+        check_channel_vector(name, value, channels, like)
+    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
+        check_channel_vector(name, value, channels, like)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must both be tensors or both be None")
+    if running_mean is None and training is False and (bn_weight is not None or bn_bias is not None):
+        raise ValueError(f"training=False with {names[0]} or {names[1]} needs running_mean and running_var")
+    if not isinstance(training, bool):
+        raise TypeError(f"training must be a bool, got {type(training).__name__}")
+    if momentum is None:
+        raise TypeError(
+            "momentum=None (cumulative average) needs a batch count, which only a layer keeps: "
+            "use bbfast.nn, or pass momentum=1/num_batches_tracked"
+        )
+    for name, value in (("momentum", momentum), ("eps", eps)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+        if not 0 <= value < math.inf:  # NaN fails too
+            raise ValueError(f"{name}={value} is not allowed; it must be finite and not negative")
+
+
+def check_batch_statistics(values_per_channel: int, shape: Sequence[int]) -> None:
+    """Raises where the variance of a batch is undefined, as torch does."""
+    if values_per_channel == 1:
+        raise ValueError(
+            f"training=True needs more than 1 value per channel to estimate a variance, got shape {tuple(shape)}"
+        )
+
+
+def pair(name: str, value, minimum: int) -> tuple[int, int]:
+    """An int or two ints as (height, width), each at least `minimum`."""
+    values = (value, value) if isinstance(value, int) else value
+    if isinstance(value, bool) or not isinstance(values, (tuple, list)) or not all(_is_int(v) for v in values):
+        raise TypeError(f"{name} must be an int or two ints (height, width), got {value!r}")
+    if len(values) != 2:
+        raise ValueError(f"{name} must be an int or two ints (height, width), got {len(values)} values: {value!r}")
+    if min(values) < minimum:
+        raise ValueError(f"{name}={value!r} is not allowed; it must be at least {minimum}")
+    return tuple(values)
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def resolve_padding(padding, size, kernel_size, stride, dilation) -> tuple[int, int, int, int]:
+    """Padding as (top, bottom, left, right).
+
+    Args:
+        padding: an int; (height, width), each used on both sides; (top, bottom, left, right); `"same"`, which is
+            TensorFlow's rule: the output has ceil(size / stride) rows and an odd pixel goes to the bottom or right;
+            or `"valid"`, no padding.
+        size: (H, W) of the input; kernel_size, stride, dilation: (height, width) each.
+    """
+    if padding == "valid":
+        return (0, 0, 0, 0)
+    if padding == "same":
+        sides = []
+        for length, k, s, d in zip(size, kernel_size, stride, dilation):
+            total = max((-(-length // s) - 1) * s + (k - 1) * d + 1 - length, 0)
+            sides += [total // 2, total - total // 2]
+        return tuple(sides)
+    if isinstance(padding, str):
+        raise ValueError(f"padding={padding!r} is not known; allowed strings: 'same', 'valid'")
+    if isinstance(padding, (tuple, list)) and len(padding) == 4:
+        if not all(_is_int(p) for p in padding):
+            raise TypeError(f"padding must hold ints, got {padding!r}")
+        if min(padding) < 0:
+            raise ValueError(f"padding={padding!r} is not allowed; it must not be negative")
+        return tuple(padding)
+    top, left = pair("padding", padding, 0)
+    return (top, top, left, left)
+
+
+def conv_output_size(size, kernel_size, stride, padding, dilation) -> tuple[int, int]:
+    """(H_out, W_out) of a convolution with padding (top, bottom, left, right).
+
+    Raises:
+        ValueError: the dilated kernel is larger than the padded input.
+    """
+    out = []
+    for axis, (length, k, s, d) in enumerate(zip(size, kernel_size, stride, dilation)):
+        padded = length + padding[2 * axis] + padding[2 * axis + 1]
+        extent = (k - 1) * d + 1
+        if padded < extent:
+            raise ValueError(
+                f"the kernel spans {extent} pixels along {'HW'[axis]} (kernel_size {k}, dilation {d}) but the padded "
+                f"input has only {padded}"
+            )
+        out.append((padded - extent) // s + 1)
+    return tuple(out)
+
+
+def to_autocast_dtype(*tensors):
+    """Casts to the autocast dtype where autocast is on for the first tensor's device, as torch's conv2d does."""
+    device_type = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t.to(dtype) if _is_castable(t) else t for t in tensors)
+
+
+def _is_castable(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
+
+
+def needs_grad(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether [N, C, H, W] `x` has its channels side by side in memory (NHWC), slices of such tensors included."""
+    return bool(x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) != 1)
+
+
+def new_output(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """An uninitialised tensor of `shape` with x's dtype, device and memory format (NHWC stays NHWC)."""
+    if is_channels_last(x):
+        n, c, h, w = shape
+        return x.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
+    return x.new_empty(shape)
+
+
+def as_output(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`y` with the strides that `new_output(x, y.shape)` has, copied only where they differ."""
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return y if y.is_contiguous(memory_format=layout) else new_output(x, y.shape).copy_(y)
+
+
+def statistics_dtype(x: torch.Tensor) -> torch.dtype:
+    """What means and variances of `x` are kept in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,1 @@
+"""What each op means, in plain torch: any dtype, any device, differentiable."""

@@ -1,0 +1,49 @@
+"""Depthwise convolution, BatchNorm and activation, one after the other."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from bbfast.reference.activation import activation
+from bbfast.reference.batch_norm import batch_norm
+
+
+def depthwise_conv(x, weight, bias, stride, padding, dilation) -> torch.Tensor:
+    """`conv2d` with one group per input channel; padding is (top, bottom, left, right)."""
+    top, bottom, left, right = padding
+    if (top, left) != (bottom, right):
+        x = F.pad(x, (left, right, top, bottom))
+        top = left = 0
+    return F.conv2d(x, weight, bias, stride, (top, left), dilation, groups=x.shape[1])
+
+
+def depthwise_conv_bn_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    bn_weight: torch.Tensor | None,
+    bn_bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    training: bool,
+    momentum: float,
+    eps: float,
+    act: str,
+    squeeze: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """`act(batch_norm(conv2d(x)))`, with `squeeze` its mean over H and W, and the statistics used.
+
+    x [N, C, H, W]; weight [C * multiplier, 1, kh, kw]; padding (top, bottom, left, right). Running statistics
+    are updated in place when `training`. Without training and running statistics there is no normalisation.
+
+    Returns:
+        y [N, C, H', W']; squeeze means [N, C] or None; mean [C] and invstd [C] that normalised.
+    """
+    z = depthwise_conv(x, weight, bias, stride, padding, dilation)
+    normalised, mean, invstd = batch_norm(z, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
+    y = activation(normalised, act)
+    return y, y.mean((2, 3)) if squeeze else None, mean, invstd

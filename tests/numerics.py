@@ -1,0 +1,43 @@
+"""The tolerance rule that every op and model is held to."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def assert_within_rule(
+    name: str, ours: torch.Tensor, exact: torch.Tensor, torch_same_dtype: torch.Tensor, *, k: float = 4, rows: int = 1
+) -> None:
+    """Requires max|ours - exact| <= 2 max|torch - exact| + k sqrt(rows) eps max|exact|, and prints both errors.
+
+    Args:
+        ours: what is tested; its dtype decides eps.
+        exact: the reference, computed in float64.
+        torch_same_dtype: plain torch in ours' dtype.
+        k: allowance in units of the dtype's eps.
+        rows: how many values are summed into one (weight gradients): the allowance grows with its root.
+    """
+    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
+    assert ours.dtype == torch_same_dtype.dtype, f"{name}: dtype {ours.dtype}, torch gives {torch_same_dtype.dtype}"
+    if ours.numel() == 0:
+        return
+    exact = exact.double().cpu()
+    assert exact.isfinite().all(), f"{name}: the reference is not finite; the test compares nothing"
+    our_error = (ours.double().cpu() - exact).abs().max().item()
+    torch_error = (torch_same_dtype.double().cpu() - exact).abs().max().item()
+    allowed = 2 * torch_error + k * math.sqrt(rows) * torch.finfo(ours.dtype).eps * exact.abs().max().item()
+    print(f"{name}: error {our_error:.3g}, torch's {torch_error:.3g}, allowed {allowed:.3g}")
+    assert our_error <= allowed, f"{name}: error {our_error:.3g} > {allowed:.3g} (torch's own error {torch_error:.3g})"
+
+
+def poison_new_empty(monkeypatch) -> None:
+    """Makes `Tensor.new_empty` hand out NaN, so that an output that a kernel does not write shows."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        out = new_empty(self, *args, **kwargs)
+        return out.fill_(math.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
