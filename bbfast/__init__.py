@@ -1,6 +1,6 @@
 """bbfast: the fastest vision backbones in PyTorch."""
 
-from bbfast import nn, ops
+from bbfast import data, nn, ops
 
 __version__ = "0.1.0"
-__all__ = ["nn", "ops"]
+__all__ = ["data", "nn", "ops"]
