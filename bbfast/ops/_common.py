@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from bbfast.reference.activation import ACTIVATIONS
+from bbfast.triton_kernels.layout import is_channels_last, new_output
 
 LIBRARY = torch.library.Library("bbfast", "DEF")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -175,19 +176,6 @@ def _is_castable(value) -> bool:
 
 def needs_grad(*tensors) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether [N, C, H, W] `x` has its channels side by side in memory (NHWC), slices of such tensors included."""
-    return bool(x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) != 1)
-
-
-def new_output(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """An uninitialised tensor of `shape` with x's dtype, device and memory format (NHWC stays NHWC)."""
-    if is_channels_last(x):
-        n, c, h, w = shape
-        return x.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
-    return x.new_empty(shape)
 
 
 def as_output(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

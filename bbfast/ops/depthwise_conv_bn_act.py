@@ -78,7 +78,7 @@ def _forward_reference(x, *args):
 
 def _backward_reference(grad_y, grad_squeeze, x, weight, bias, bn_weight, bn_bias, mean, invstd, *rest):
     """Recomputes the forward with autograd on; `mean` and `invstd` come anew from it."""
-    running_mean, running_var, stride, padding, dilation, training, eps, act = rest
+    running_mean, running_var, stride, padding, dilation, training, eps, act, *_ = rest
     leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, bn_weight, bn_bias)]
     statistics = (None, None) if training else (running_mean, running_var)
     squeeze = grad_squeeze is not None
@@ -127,7 +127,12 @@ def _backward_impl(grad_y, grad_squeeze, x, weight, bias, bn_weight, bn_bias, *r
     else:
         run = dispatch.select(f"{OP}_backward", _BACKWARD_KERNELS, _backward_reference, *args)
     grad_x, *others = run(*args)
-    return _common.as_output(x, grad_x), *[x.new_empty(0) if g is None else g.contiguous() for g in others]
+    if not args[-2]:
+        grad_x = None
+    if not args[-1]:
+        others[0] = None
+    grad_x = x.new_empty(0) if grad_x is None else _common.as_output(x, grad_x)
+    return grad_x, *[x.new_empty(0) if grad is None else grad.contiguous() for grad in others]
 
 
 def _forward_fake(x, weight, stride, padding, dilation, squeeze):
@@ -148,8 +153,10 @@ def _train_fake(
 
 
 def _backward_fake(grad_y, grad_squeeze, x, weight, bias, bn_weight, bn_bias, *rest):
-    vectors = [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (bias, bn_weight, bn_bias)]
-    return _common.new_output(x, x.shape), weight.new_empty(weight.shape), *vectors
+    needs_input_grad, needs_weight_grad = rest[-2:]
+    others = (weight if needs_weight_grad else None, bias, bn_weight, bn_bias)
+    grad_x = _common.new_output(x, x.shape) if needs_input_grad else x.new_empty(0)
+    return grad_x, *[x.new_empty(0) if t is None else t.new_empty(t.shape) for t in others]
 
 
 _PARAMETERS = "Tensor x, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias"
@@ -169,8 +176,8 @@ _train_op = _common.define(
 )
 _backward_op = _common.define(
     f"{OP}_backward(Tensor grad_y, Tensor? grad_squeeze, {_PARAMETERS}, Tensor? mean, Tensor? invstd,"
-    f" Tensor? running_mean, Tensor? running_var, {_GEOMETRY}, bool training, float eps, str act)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" Tensor? running_mean, Tensor? running_var, {_GEOMETRY}, bool training, float eps, str act,"
+    " bool needs_input_grad, bool needs_weight_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
 )
@@ -207,7 +214,16 @@ class _DepthwiseConvBNAct(torch.autograd.Function):
             size = _common.conv_output_size(x.shape[2:], weight.shape[2:], *ctx.config[:3])
             grad_y = x.new_zeros((x.shape[0], weight.shape[0], *size))
         grads = _backward_op(
-            grad_y, grad_squeeze, x, weight, bias, bn_weight, bn_bias, *statistics, *ctx.config
+            grad_y,
+            grad_squeeze,
+            x,
+            weight,
+            bias,
+            bn_weight,
+            bn_bias,
+            *statistics,
+            *ctx.config,
+            *ctx.needs_input_grad[:2],
         )
         wanted = zip(grads, (x, weight, bias, bn_weight, bn_bias), ctx.needs_input_grad)
         return *[g if t is not None and needed else None for g, t, needed in wanted], *(None,) * 10
