@@ -1,0 +1,226 @@
+"""Second stages of two-stage reductions: batch statistics, and plain sums, from per-program partials.
+
+Every kernel that reduces over a batch leaves one fp32 row per program; the kernels here add the rows up in a
+fixed order. No atomics: two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .compile_case import CompileCase
+
+
+@triton.jit
+def merge_welford(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
+    """(count, mean, M2) of two sets together, elementwise (Chan et al.); either or both may be empty."""
+    count = count_a + count_b
+    share_b = tl.where(count > 0.0, count_b / tl.maximum(count, 1.0), 0.0)
+    delta = mean_b - mean_a
+    return count, mean_a + delta * share_b, m2_a + m2_b + delta * delta * count_a * share_b
+
+
+# One program per BLOCK_C channels. Reads partials [P, 3, C] twice in tiles [BLOCK_P, BLOCK_C] (12 bytes per
+# partial and channel; the second time from the cache), writes mean, invstd and the running statistics.
+# Registers: three partial tiles and the sums [BLOCK_C]. Chan's formula for P sets at once, in two sweeps: the
+# mean from distances to the first set's mean (small numbers, so a large common offset costs no bits), then
+# M2 = sum M2_i + sum n_i (mean_i - mean)^2.
+@triton.jit
+def _finalize_statistics_kernel(
+    partials_ptr,
+    mean_ptr,
+    invstd_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    num_partials,
+    num_channels,
+    momentum,
+    eps,
+    HAS_RUNNING: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < num_channels
+    row = tl.arange(0, BLOCK_P)
+
+    anchor = tl.load(partials_ptr + num_channels + channel, mask=channel_ok, other=0.0)
+    anchor = tl.where(tl.load(partials_ptr + channel, mask=channel_ok, other=0.0) > 0.0, anchor, 0.0)
+    count = tl.zeros((BLOCK_C,), tl.float32)
+    distance = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(0, num_partials, BLOCK_P):
+        ok = (start + row < num_partials)[:, None] & channel_ok[None, :]
+        tile_ptr = partials_ptr + (start + row).to(tl.int64)[:, None] * (3 * num_channels) + channel[None, :]
+        counts = tl.load(tile_ptr, mask=ok, other=0.0)
+        means = tl.load(tile_ptr + num_channels, mask=ok, other=0.0)
+        count += tl.sum(counts, axis=0)
+        distance += tl.sum(tl.where(counts > 0.0, (means - anchor[None, :]) * counts, 0.0), axis=0)
+    safe_count = tl.maximum(count, 1.0)
+    mean = anchor + distance / safe_count
+
+    m2 = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(0, num_partials, BLOCK_P):
+        ok = (start + row < num_partials)[:, None] & channel_ok[None, :]
+        tile_ptr = partials_ptr + (start + row).to(tl.int64)[:, None] * (3 * num_channels) + channel[None, :]
+        counts = tl.load(tile_ptr, mask=ok, other=0.0)
+        means = tl.load(tile_ptr + num_channels, mask=ok, other=0.0)
+        m2s = tl.load(tile_ptr + 2 * num_channels, mask=ok, other=0.0)
+        away = means - mean[None, :]
+        m2 += tl.sum(tl.where(counts > 0.0, m2s + away * away * counts, 0.0), axis=0)
+
+    tl.store(mean_ptr + channel, mean, mask=channel_ok)
+    tl.store(invstd_ptr + channel, tl.div_rn(1.0, tl.sqrt_rn(m2 / safe_count + eps)), mask=channel_ok)
+    if HAS_RUNNING:
+        unbiased = m2 / tl.maximum(count - 1.0, 1.0)
+        old_mean = tl.load(running_mean_ptr + channel, mask=channel_ok, other=0.0).to(tl.float32)
+        old_var = tl.load(running_var_ptr + channel, mask=channel_ok, other=0.0).to(tl.float32)
+        new_mean = (1.0 - momentum) * old_mean + momentum * mean
+        new_var = (1.0 - momentum) * old_var + momentum * unbiased
+        tl.store(running_mean_ptr + channel, new_mean.to(running_mean_ptr.dtype.element_ty), mask=channel_ok)
+        tl.store(running_var_ptr + channel, new_var.to(running_var_ptr.dtype.element_ty), mask=channel_ok)
+
+
+# One program per BLOCK_K columns of partials [P, K]: reads each of its values once, writes BLOCK_K sums.
+# Registers: one tile [BLOCK_P, BLOCK_K] of sums, reduced over its rows at the end.
+@triton.jit
+def _sum_partials_kernel(
+    partials_ptr, sums_ptr, num_partials, num_columns, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    column = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    column_ok = column < num_columns
+    row = tl.arange(0, BLOCK_P)
+    sums = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    for start in range(0, num_partials, BLOCK_P):
+        ok = (start + row < num_partials)[:, None] & column_ok[None, :]
+        offset = (start + row).to(tl.int64)[:, None] * num_columns + column[None, :]
+        sums += tl.load(partials_ptr + offset, mask=ok, other=0.0)
+    tl.store(sums_ptr + column, tl.sum(sums, axis=0), mask=column_ok)
+
+
+@dataclass(frozen=True)
+class ReduceConfig:
+    """Tile of a second-stage reduction: `block_p` partials by `block_k` columns."""
+
+    block_p: int
+    block_k: int
+    num_warps: int
+
+
+# 8 columns are one 32-byte sector: few columns are read by few programs, so each takes many rows at once.
+FEW_COLUMNS = ReduceConfig(block_p=256, block_k=8, num_warps=8)
+MANY_COLUMNS = ReduceConfig(block_p=64, block_k=64, num_warps=4)
+
+
+def reduce_config(num_partials: int, num_columns: int) -> ReduceConfig:
+    """Wide tiles where there are columns enough to fill a GPU with programs, else tall ones."""
+    return MANY_COLUMNS if num_columns >= 16384 or num_partials <= 64 else FEW_COLUMNS
+
+
+def finalize_statistics(
+    partials: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and 1 / sqrt(biased variance + eps) per channel from per-program statistics.
+
+    Args:
+        partials: fp32 `[P, 3, C]`, contiguous, P >= 1: count, mean and M2 (sum of squared distances to that
+            mean) of each program's share; a count of 0 marks an empty share, whose mean and M2 are ignored.
+        running_mean, running_var: `[C]` of any float dtype, or None; moved towards mean and unbiased variance
+            by `momentum`, in place.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        mean and invstd, fp32 `[C]`.
+    """
+    num_partials, _, channels = partials.shape
+    config = reduce_config(num_partials, channels)
+    mean, invstd = partials.new_empty(channels), partials.new_empty(channels)
+    running = [None if t is None else _contiguous(t) for t in (running_mean, running_var)]
+    with torch.cuda.device(partials.device) if partials.is_cuda else nullcontext():
+        _finalize_statistics_kernel[(triton.cdiv(channels, config.block_k),)](
+            partials,
+            mean,
+            invstd,
+            *running,
+            num_partials,
+            channels,
+            momentum,
+            eps,
+            HAS_RUNNING=running_mean is not None,
+            BLOCK_P=config.block_p,
+            BLOCK_C=config.block_k,
+            num_warps=config.num_warps,
+        )
+    for original, updated in zip((running_mean, running_var), running):
+        if updated is not original:
+            original.copy_(updated)
+    return mean, invstd
+
+
+def _contiguous(vector: torch.Tensor) -> torch.Tensor:
+    return vector if vector.is_contiguous() else vector.contiguous()
+
+
+def sum_partials(partials: torch.Tensor) -> torch.Tensor:
+    """Sums fp32 `[P, K]` over P into fp32 `[K]`, in the same order each time."""
+    num_partials, columns = partials.shape
+    sums = partials.new_empty(columns)
+    config = reduce_config(num_partials, columns)
+    with torch.cuda.device(partials.device) if partials.is_cuda else nullcontext():
+        _sum_partials_kernel[(triton.cdiv(columns, config.block_k),)](
+            partials,
+            sums,
+            num_partials,
+            columns,
+            BLOCK_P=config.block_p,
+            BLOCK_K=config.block_k,
+            num_warps=config.num_warps,
+        )
+    return sums
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every configuration that `reduce_config` can choose."""
+    cases = []
+    for config in (FEW_COLUMNS, MANY_COLUMNS):
+        tile = f"{config.block_p} partials x {config.block_k} columns"
+        pointers = ("partials_ptr", "mean_ptr", "invstd_ptr", "running_mean_ptr", "running_var_ptr")
+        cases.append(
+            CompileCase(
+                op="batch_statistics",
+                description=f"finalize statistics, {tile}",
+                kernel=_finalize_statistics_kernel,
+                signature=dict.fromkeys(pointers, "*fp32")
+                | {"num_partials": "i32", "num_channels": "i32", "momentum": "fp32", "eps": "fp32"},
+                constexprs={"HAS_RUNNING": True, "BLOCK_P": config.block_p, "BLOCK_C": config.block_k},
+                num_warps=config.num_warps,
+                divisible_by_16=(*pointers, "num_channels"),
+            )
+        )
+        cases.append(
+            CompileCase(
+                op="batch_statistics",
+                description=f"sum of partials, {tile}",
+                kernel=_sum_partials_kernel,
+                signature={
+                    "partials_ptr": "*fp32",
+                    "sums_ptr": "*fp32",
+                    "num_partials": "i32",
+                    "num_columns": "i32",
+                },
+                constexprs={"BLOCK_P": config.block_p, "BLOCK_K": config.block_k},
+                num_warps=config.num_warps,
+                divisible_by_16=("partials_ptr", "sums_ptr", "num_columns"),
+                outputs=config.block_k,
+            )
+        )
+    return cases
