@@ -1,0 +1,108 @@
+"""The command `bbfast`: classify photos, list models, say what can run here, and a demo.
+
+Exit codes: 0 done, 1 something given cannot be used (one line on stderr says what), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import bbfast
+from bbfast.data.packaged_weights import MODEL as DEFAULT_MODEL
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of the process.
+
+    Raises:
+        SystemExit: wrong usage (2), `--help` or `--version` (0).
+    """
+    args = _parser().parse_args(argv)
+    # Commands import torchvision and more, which `--help` should not wait for.
+    from bbfast.commands._common import CommandError
+
+    try:
+        return args.command(args)
+    except CommandError as error:
+        print(f"bbfast {args.name}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bbfast", description="The fastest vision backbones in PyTorch.")
+    parser.add_argument("--version", action="version", version=f"bbfast {bbfast.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
+
+    info = commands.add_parser(
+        "info", help="versions, GPUs, what was built, which backends can run and why not"
+    )
+    info.set_defaults(command=_command("info"))
+
+    listing = commands.add_parser("list", help="names of models")
+    listing.add_argument(
+        "pattern", nargs="*", metavar="PATTERN", help="wildcards in quotes, e.g. 'mobilenetv3*'"
+    )
+    listing.set_defaults(command=_list)
+
+    classify = commands.add_parser("classify", help="what a model sees in photos")
+    classify.add_argument("photos", nargs="+", metavar="PHOTO", help="an image file")
+    classify.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="default: %(default)s")
+    classify.add_argument(
+        "--checkpoint", metavar="FILE", help="weights to load instead of the pretrained ones"
+    )
+    classify.add_argument("--top", type=_positive, default=5, metavar="N", help="labels per photo, default 5")
+    classify.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _add_device(classify)
+    classify.set_defaults(command=_command("classify"))
+
+    demo = commands.add_parser("demo", help="classify real photographs, fused against eager")
+    demo.add_argument("--repeats", type=_positive, default=15, metavar="N", help="timed repeats, default 15")
+    _add_device(demo)
+    demo.set_defaults(command=_command("demo"))
+    return parser
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="default auto: the GPU if there is one",
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        import importlib
+
+        return importlib.import_module(f"bbfast.commands.{name}").run(args)
+
+    return run
+
+
+def _list(args: argparse.Namespace) -> int:
+    names = bbfast.list_models(args.pattern)
+    if not names:
+        print(f"bbfast list: no model matches {' or '.join(args.pattern)}", file=sys.stderr)
+        return 1
+    print("\n".join(names))
+    sys.stdout.flush()  # a closed pipe shows here, not when the interpreter ends
+    return 0

@@ -1,0 +1,137 @@
+"""`bbfast info`: what is installed, what was built, and which backends can run here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from argparse import Namespace
+from itertools import groupby
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import bbfast
+from bbfast import env, extension
+from bbfast.commands._common import print_titled
+from bbfast.ops import _status
+
+PACKAGES = ("triton", "torchvision", "timm")
+# Name, what it means when it is not set, and what raises ValueError where its value is not allowed.
+VARIABLES = (
+    ("BBFAST_BACKEND", "auto", env.backend),
+    ("BBFAST_STRICT", "0", env.strict),
+    ("TRITON_INTERPRET", "0", lambda: None),
+)
+
+
+def run(args: Namespace) -> int:
+    console = Console(highlight=False)
+    _print_pairs(console, "Versions", _versions())
+    _print_pairs(console, "Devices", _devices())
+    _print_pairs(console, "Extension bbfast._C", _extension())
+    _print_pairs(console, "Environment", _environment())
+    _print_backends(console)
+    return 0
+
+
+def _versions() -> list[tuple[str, str]]:
+    rows = [
+        ("bbfast", bbfast.__version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", f"{torch.__version__} ({_torch_build()})"),
+    ]
+    for package in PACKAGES:
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    return rows
+
+
+def _torch_build() -> str:
+    if torch.version.hip is not None:
+        return f"ROCm {torch.version.hip}"
+    return "CPU only" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
+
+
+def _devices() -> list[tuple[str, str]]:
+    cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    rows = [("CPU", cpu)]
+    if not torch.cuda.is_available():
+        why = (
+            "this torch is built without CUDA"
+            if torch.version.cuda is None
+            else "torch finds no device or driver"
+        )
+        return [*rows, ("GPU", f"none: {why}")]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        details = (
+            properties.name,
+            f"compute capability {properties.major}.{properties.minor}",
+            f"{properties.multi_processor_count} multiprocessors",
+            f"{properties.total_memory / 2**30:.0f} GiB",
+        )
+        rows.append((f"GPU {index}", ", ".join(details)))
+    return rows
+
+
+def _extension() -> list[tuple[str, str]]:
+    try:
+        module = extension.load()
+    except ImportError as error:
+        return [("state", f"broken: {error}")]
+    if module is None:
+        return [("state", f"not available: {extension.unavailable_reason()}")]
+    return [("state", "loaded"), *((name, _as_text(value)) for name, value in module.build_info().items())]
+
+
+def _as_text(value) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(item) for item in value) or "none"
+    return "none" if value is None else str(value)
+
+
+def _environment() -> list[tuple[str, str]]:
+    rows = []
+    for name, default, check in VARIABLES:
+        value = os.environ.get(name)
+        text = f"not set ({default})" if value is None else value
+        try:
+            check()
+        except ValueError as error:
+            text = str(error)
+        rows.append((name, text))
+    return rows
+
+
+def _print_backends(console: Console) -> None:
+    console.print(
+        Text("Backends", "bold"),
+        "asked with a small float32 tensor; an op takes the first that runs, torch being the reference\n",
+    )
+    for (op, device), statuses in groupby(
+        _status.backend_status(), key=lambda status: (status.op, status.device)
+    ):
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+        table.add_column(no_wrap=True, min_width=8)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for status in statuses:
+            runs = Text("no", "red") if status.reasons else Text("runs", "green")
+            table.add_row(status.backend, runs, Text("; ".join(status.reasons)))
+        console.print(Text(f"  {op} on {device}", "cyan"), table)
+
+
+def _print_pairs(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    table.add_column(no_wrap=True, style="cyan", min_width=18)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    print_titled(console, title, table, "")
