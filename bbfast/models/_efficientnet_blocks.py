@@ -1,0 +1,328 @@
+"""The blocks of MobileNetV2, MobileNetV3 and EfficientNet.
+
+Every block runs as fused ops: a convolution, its BatchNorm, its activation and, in the last one, the skip
+connection are one call; the depthwise convolution also hands out the spatial means that squeeze-and-excite
+needs. The modules have timm's names, so that state_dicts are exchangeable, but they only lend their
+parameters and state: hooks on modules inside a block do not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bbfast.models._stopgap import BatchNormAct2d, DropPathAdd, apply_conv_bn_act
+from bbfast.nn import apply_depthwise_conv_bn_act
+from bbfast.reference.activation import activation
+
+# timm's names of activations, and the names that ops know.
+ACT_NAMES = {
+    "identity": "identity",
+    "relu": "relu",
+    "relu6": "relu6",
+    "hard_swish": "hardswish",
+    "hardswish": "hardswish",
+    "swish": "silu",
+    "silu": "silu",
+    "gelu": "gelu",
+}
+_GATES = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
+
+
+def resolve_act(act_layer: str) -> str:
+    """The ops' name of the activation that timm calls `act_layer`.
+
+    Raises:
+        TypeError, ValueError: it is no string, or no known name.
+    """
+    if not isinstance(act_layer, str):
+        raise TypeError(f"act_layer must be a string, got {act_layer!r}")
+    if act_layer not in ACT_NAMES:
+        raise ValueError(f"act_layer={act_layer!r} is not known; allowed: {', '.join(ACT_NAMES)}")
+    return ACT_NAMES[act_layer]
+
+
+def make_divisible(
+    value: float, divisor: int = 8, minimum: int | None = None, round_limit: float = 0.9
+) -> int:
+    """`value` as a multiple of `divisor`, at least `minimum` (None: divisor) and round_limit * value."""
+    rounded = max(minimum or divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < round_limit * value else rounded
+
+
+def round_channels(channels: float, multiplier: float = 1.0, divisor: int = 8) -> int:
+    """A layer's channels when the network is made `multiplier` times as wide."""
+    return make_divisible(channels * multiplier, divisor)
+
+
+# ---- convolutions ----------------------------------------------------------------------------------------
+
+
+class Conv2dSame(nn.Conv2d):
+    """A convolution with TensorFlow's "same" padding: ceil(size / stride) outputs, odd pixels last."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sides = []
+        for size, kernel, stride, dilation in zip(
+            reversed(x.shape[2:]), reversed(self.kernel_size), reversed(self.stride), reversed(self.dilation)
+        ):
+            total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            sides += [total // 2, total - total // 2]
+        return super().forward(F.pad(x, sides))
+
+
+def create_conv2d(
+    in_chs: int,
+    out_chs: int,
+    kernel_size: int,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    pad_type: str = "",
+    bias: bool = False,
+    device=None,
+    dtype=None,
+) -> nn.Conv2d:
+    """A convolution padded by `pad_type`: `""` symmetrically, `"same"` as TensorFlow, `"valid"` not."""
+    if pad_type not in ("", "same", "valid"):
+        raise ValueError(f"pad_type={pad_type!r} is not known; allowed: '', 'same', 'valid'")
+    extent = dilation * (kernel_size - 1)
+    # At stride 1 with an odd extent the two rules agree, and a plain convolution can say so.
+    dynamic = pad_type == "same" and (stride > 1 or extent % 2 == 1)
+    padding = 0 if dynamic or pad_type == "valid" else (stride - 1 + extent) // 2
+    conv = Conv2dSame if dynamic else nn.Conv2d
+    return conv(
+        in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=bias, device=device, dtype=dtype
+    )
+
+
+def conv_bn_act(conv: nn.Conv2d, bn: BatchNormAct2d, x: torch.Tensor, residual=None) -> torch.Tensor:
+    """`act(bn(conv(x)) + residual)` as one op."""
+    return apply_conv_bn_act(conv, bn, x, act=bn.act, padding=_padding(conv), residual=residual)
+
+
+def depthwise_conv_bn_act(conv: nn.Conv2d, bn: BatchNormAct2d, x: torch.Tensor, squeeze: bool = False):
+    """`act(bn(conv(x)))` as one op; with squeeze also its spatial means `[N, C]`."""
+    return apply_depthwise_conv_bn_act(conv, bn, x, act=bn.act, padding=_padding(conv), squeeze=squeeze)
+
+
+def _padding(conv: nn.Conv2d) -> str | None:
+    return "same" if isinstance(conv, Conv2dSame) else None
+
+
+# ---- squeeze-and-excite ----------------------------------------------------------------------------------
+
+
+class SqueezeExcite(nn.Module):
+    """Scales channels by a gate computed from their means: `x * gate(expand(act(reduce(mean(x)))))`.
+
+    Args:
+        in_chs: channels of x.
+        rd_ratio: reduced channels per channel.
+        rd_round_fn: rounds the number of reduced channels.
+        act: the containing block's activation; force_act overrides it.
+        gate: sigmoid or hard_sigmoid.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        rd_ratio: float = 0.25,
+        *,
+        act: str = "relu",
+        force_act: str | None = None,
+        gate: str = "sigmoid",
+        rd_round_fn: Callable[[float], int] = round,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        rd_channels = rd_round_fn(in_chs * rd_ratio)
+        self.conv_reduce = nn.Conv2d(in_chs, rd_channels, 1, device=device, dtype=dtype)
+        self.conv_expand = nn.Conv2d(rd_channels, in_chs, 1, device=device, dtype=dtype)
+        self.act = force_act or act
+        self.gate = gate
+
+    def forward(self, x: torch.Tensor, squeezed: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            x: `[N, C, H, W]`; without autograd it is overwritten if squeezed is given.
+            squeezed: x's means over H and W, `[N, C]`, where they are known already.
+        """
+        # The 1x1 convolutions of a 1x1 map are matrix products.
+        hidden = activation(
+            _linear(self.conv_reduce, x.mean((2, 3)) if squeezed is None else squeezed), self.act
+        )
+        gate = _GATES[self.gate](_linear(self.conv_expand, hidden))[:, :, None, None]
+        if squeezed is not None and not torch.is_grad_enabled():
+            return x.mul_(gate)
+        return x * gate
+
+    def extra_repr(self) -> str:
+        return f"act={self.act!r}, gate={self.gate!r}"
+
+
+def _linear(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------
+
+
+class _SkipBlock(nn.Module):
+    """What the blocks share: a last convolution whose output the input is added to."""
+
+    has_skip: bool
+    drop_path: nn.Module
+
+    def _finish(
+        self, conv: nn.Conv2d, bn: BatchNormAct2d, x: torch.Tensor, shortcut: torch.Tensor
+    ) -> torch.Tensor:
+        if not self.has_skip:
+            return conv_bn_act(conv, bn, x)
+        drops = self.training and isinstance(self.drop_path, DropPathAdd)
+        if drops:
+            return self.drop_path.drop_path_add(shortcut, conv_bn_act(conv, bn, x))
+        if bn.act == "identity":
+            return conv_bn_act(conv, bn, x, residual=shortcut)
+        return conv_bn_act(conv, bn, x) + shortcut
+
+
+def _drop_path(rate: float) -> nn.Module:
+    return DropPathAdd(rate) if rate else nn.Identity()
+
+
+class ConvBnAct(_SkipBlock):
+    """Convolution, BatchNorm, activation; the input is added where `skip` asks for it and shapes allow it."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        pad_type: str = "",
+        skip: bool = False,
+        act: str = "relu",
+        bn: dict,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.has_skip = skip and stride == 1 and in_chs == out_chs
+        self.conv = create_conv2d(
+            in_chs, out_chs, kernel_size, stride=stride, dilation=dilation, pad_type=pad_type, **factory
+        )
+        self.bn1 = BatchNormAct2d(out_chs, act=act, **bn, **factory)
+        self.drop_path = _drop_path(drop_path_rate)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._finish(self.conv, self.bn1, x, x)
+
+
+class DepthwiseSeparableConv(_SkipBlock):
+    """Depthwise convolution, squeeze-and-excite, linear pointwise convolution, skip."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int = 3,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        pad_type: str = "",
+        skip: bool = True,
+        act: str = "relu",
+        bn: dict,
+        se_layer: Callable[..., SqueezeExcite] | None = None,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.has_skip = skip and stride == 1 and in_chs == out_chs
+        self.conv_dw = create_conv2d(
+            in_chs,
+            in_chs,
+            kernel_size,
+            stride=stride,
+            dilation=dilation,
+            groups=in_chs,
+            pad_type=pad_type,
+            **factory,
+        )
+        self.bn1 = BatchNormAct2d(in_chs, act=act, **bn, **factory)
+        self.se = se_layer(in_chs, act=act, **factory) if se_layer else nn.Identity()
+        self.conv_pw = create_conv2d(in_chs, out_chs, 1, pad_type=pad_type, **factory)
+        self.bn2 = BatchNormAct2d(out_chs, act="identity", **bn, **factory)
+        self.drop_path = _drop_path(drop_path_rate)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = _depthwise_and_squeeze_excite(self.conv_dw, self.bn1, self.se, x)
+        return self._finish(self.conv_pw, self.bn2, y, x)
+
+
+class InvertedResidual(_SkipBlock):
+    """Pointwise expansion, depthwise convolution, squeeze-and-excite, linear pointwise projection, skip."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int = 3,
+        *,
+        expansion: float = 1.0,
+        stride: int = 1,
+        dilation: int = 1,
+        pad_type: str = "",
+        skip: bool = True,
+        act: str = "relu",
+        bn: dict,
+        se_layer: Callable[..., SqueezeExcite] | None = None,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        mid_chs = make_divisible(in_chs * expansion)
+        self.has_skip = skip and stride == 1 and in_chs == out_chs
+        self.conv_pw = create_conv2d(in_chs, mid_chs, 1, pad_type=pad_type, **factory)
+        self.bn1 = BatchNormAct2d(mid_chs, act=act, **bn, **factory)
+        self.conv_dw = create_conv2d(
+            mid_chs,
+            mid_chs,
+            kernel_size,
+            stride=stride,
+            dilation=dilation,
+            groups=mid_chs,
+            pad_type=pad_type,
+            **factory,
+        )
+        self.bn2 = BatchNormAct2d(mid_chs, act=act, **bn, **factory)
+        self.se = se_layer(mid_chs, act=act, **factory) if se_layer else nn.Identity()
+        self.conv_pwl = create_conv2d(mid_chs, out_chs, 1, pad_type=pad_type, **factory)
+        self.bn3 = BatchNormAct2d(out_chs, act="identity", **bn, **factory)
+        self.drop_path = _drop_path(drop_path_rate)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = conv_bn_act(self.conv_pw, self.bn1, x)
+        y = _depthwise_and_squeeze_excite(self.conv_dw, self.bn2, self.se, y)
+        return self._finish(self.conv_pwl, self.bn3, y, x)
+
+
+def _depthwise_and_squeeze_excite(conv: nn.Conv2d, bn: BatchNormAct2d, se: nn.Module, x: torch.Tensor):
+    if not isinstance(se, SqueezeExcite):
+        return depthwise_conv_bn_act(conv, bn, x)
+    y, means = depthwise_conv_bn_act(conv, bn, x, squeeze=True)
+    return se(y, means)

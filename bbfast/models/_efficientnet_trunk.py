@@ -1,0 +1,169 @@
+"""What MobileNetV3 and EfficientNet share: the stem, the blocks, and the habits of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from bbfast.models._efficientnet_blocks import SqueezeExcite, conv_bn_act, create_conv2d, resolve_act
+from bbfast.models._efficientnet_builder import BlockArgs, build_trunk
+from bbfast.models._pretrained import PretrainedCfg
+from bbfast.models._stopgap import BatchNormAct2d
+
+
+class EfficientNetTrunk(nn.Module):
+    """Stem (a strided 3x3 convolution) and blocks; a subclass adds `forward_features` and `forward_head`.
+
+    Convolutions, BatchNorms, activations and skips run as fused ops, so hooks on the stem's modules and on
+    modules inside blocks do not run; hooks on blocks, stages, the classifier and the model do.
+
+    Args:
+        block_args: stages of blocks, see `decode_arch_def`.
+        num_classes: classes of the classifier; 0 leaves it out.
+        in_chans: channels of the input.
+        stem_size: channels of the stem, scaled by round_chs_fn unless fix_stem.
+        output_stride: strides beyond this become dilation.
+        pad_type: `""` pads symmetrically, `"same"` as TensorFlow does.
+        act_layer: activation of the stem and of blocks that name none, by timm's name.
+        bn_eps, bn_momentum: every BatchNorm's.
+        se_layer, se_from_exp, round_chs_fn: see `build_trunk`.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: block i of n drops its branch, per sample, with probability rate * i / n.
+        device, dtype: of parameters and buffers.
+
+    Attributes:
+        num_features: channels of `forward_features`; head_hidden_size: width of what the classifier takes.
+        feature_info: for each size of feature map its last module, num_chs, stage and reduction.
+        pretrained_cfg, default_cfg: the same dict, about the model's weights.
+    """
+
+    num_features: int
+    head_hidden_size: int
+    classifier: nn.Module
+
+    def __init__(
+        self,
+        block_args: Sequence[Sequence[BlockArgs]],
+        *,
+        num_classes: int,
+        in_chans: int,
+        stem_size: int,
+        fix_stem: bool,
+        output_stride: int,
+        pad_type: str,
+        act_layer: str,
+        bn_eps: float,
+        bn_momentum: float | None,
+        se_layer: Callable[..., SqueezeExcite],
+        se_from_exp: bool,
+        round_chs_fn: Callable[[float], int],
+        drop_rate: float,
+        drop_path_rate: float,
+        device,
+        dtype,
+    ):
+        check_num_classes(num_classes)
+        _check_int("in_chans", in_chans, minimum=1)
+        _check_probability("drop_rate", drop_rate)
+        _check_probability("drop_path_rate", drop_path_rate)
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        act = resolve_act(act_layer)
+        bn = {"eps": bn_eps, "momentum": bn_momentum}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self.pretrained_cfg = self.default_cfg = {}
+
+        if not fix_stem:
+            stem_size = round_chs_fn(stem_size)
+        self.conv_stem = create_conv2d(in_chans, stem_size, 3, stride=2, pad_type=pad_type, **factory)
+        self.bn1 = BatchNormAct2d(stem_size, act=act, **bn, **factory)
+        trunk = build_trunk(
+            stem_size,
+            block_args,
+            output_stride=output_stride,
+            pad_type=pad_type,
+            act=act,
+            bn=bn,
+            round_chs_fn=round_chs_fn,
+            se_layer=se_layer,
+            se_from_exp=se_from_exp,
+            drop_path_rate=drop_path_rate,
+            **factory,
+        )
+        self.blocks = nn.Sequential(*trunk.stages)
+        self.feature_info = trunk.feature_info
+        self.num_features = trunk.out_chs
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether blocks recompute their activations in the backward pass instead of keeping them.
+
+        Outputs and gradients stay the same. BatchNorm's running statistics take the batch in twice, as in
+        timm.
+        """
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer (`nn.Identity` where num_classes is 0)."""
+        return self.classifier
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[N, in_chans, H, W]` images, contiguous or channels_last, to `[N, num_classes]` logits."""
+        return self.forward_head(self.forward_features(x))
+
+    def _forward_trunk(self, x: torch.Tensor) -> torch.Tensor:
+        x = conv_bn_act(self.conv_stem, self.bn1, x)
+        if not self.grad_checkpointing or not torch.is_grad_enabled():
+            return self.blocks(x)
+        for stage in self.blocks:
+            for block in stage:
+                x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+    def _make_classifier(self, num_classes: int) -> nn.Module:
+        """A classifier of head_hidden_size inputs, placed and typed as the stem is."""
+        check_num_classes(num_classes)
+        if num_classes == 0:
+            return nn.Identity()
+        weight = self.conv_stem.weight
+        return nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
+
+
+def pretrained_cfg(
+    size: int = 224, *, test_size: int | None = None, weights: bool = True, **facts
+) -> PretrainedCfg:
+    """Square inputs, a last map of size / 32, timm's hub repositories: so are these families' weights."""
+    return PretrainedCfg(
+        hf_hub_id="timm/" if weights else None,
+        input_size=(3, size, size),
+        test_input_size=None if test_size is None else (3, test_size, test_size),
+        pool_size=(-(-size // 32),) * 2,
+        first_conv="conv_stem",
+        classifier="classifier",
+        **facts,
+    )
+
+
+def check_num_classes(num_classes) -> None:
+    """Raises TypeError or ValueError unless num_classes is an int of at least 0."""
+    _check_int("num_classes", num_classes, minimum=0)
+
+
+def _check_int(name: str, value, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name}={value} is not allowed; it must be at least {minimum}")
+
+
+def _check_probability(name: str, value) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if math.isnan(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value} is not allowed; it must lie in 0..1")

@@ -1,0 +1,50 @@
+"""Global pooling by name, with timm's names."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+# Each takes [N, C, H, W] to [N, C or 2C, 1, 1].
+_POOLS = {
+    "avg": lambda x: x.mean((2, 3), keepdim=True),
+    "max": lambda x: x.amax((2, 3), keepdim=True),
+    "avgmax": lambda x: 0.5 * (x.mean((2, 3), keepdim=True) + x.amax((2, 3), keepdim=True)),
+    "catavgmax": lambda x: torch.cat((x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)), 1),
+}
+_ALIASES = {"fast": "avg", **{f"fast{name}": name for name in _POOLS}}
+
+
+class GlobalPool2d(nn.Module):
+    """Pools H and W away.
+
+    Args:
+        pool_type: avg, max, avgmax (their mean), catavgmax (both, 2C channels), timm's `fast` names for the
+            same, or `""` for no pooling.
+        flatten: return `[N, C]` instead of `[N, C, 1, 1]` (not where pool_type is empty).
+    """
+
+    def __init__(self, pool_type: str = "avg", flatten: bool = False):
+        super().__init__()
+        if not isinstance(pool_type, str):
+            raise TypeError(f"global_pool must be a string, got {type(pool_type).__name__}")
+        name = _ALIASES.get(pool_type.lower(), pool_type.lower())
+        if name and name not in _POOLS:
+            allowed = ", ".join(map(repr, (*_POOLS, *_ALIASES, "")))
+            raise ValueError(f"global_pool={pool_type!r} is not known; allowed: {allowed}")
+        self.pool_type = pool_type
+        self.flatten = flatten
+        self._pool = name
+
+    def feat_mult(self) -> int:
+        """How many output channels there are per input channel."""
+        return 2 if self._pool == "catavgmax" else 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._pool:
+            return x
+        x = _POOLS[self._pool](x)
+        return x.flatten(1) if self.flatten else x
+
+    def extra_repr(self) -> str:
+        return f"pool_type={self.pool_type!r}, flatten={self.flatten}"
