@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from bbfast import dispatch
-from bbfast.ops import _common
+from bbfast.ops import _common, _onednn
 from bbfast.reference.depthwise_conv_bn_act import depthwise_conv_bn_act as reference
 
 OP = "depthwise_conv_bn_act"
@@ -58,6 +58,14 @@ def _triton_unsupported_reasons(x, weight, *_args) -> list[str]:
     return reasons
 
 
+def _onednn_unsupported_reasons(x, *args) -> list[str]:
+    training = args[9]
+    reasons = _onednn.unsupported_reasons(x)
+    if training:
+        reasons.append("training=True; oneDNN's fused convolution takes running statistics only")
+    return reasons
+
+
 def _forward_triton(*args):
     from bbfast.triton_kernels import depthwise_conv_bn_act as kernels
 
@@ -68,6 +76,12 @@ def _backward_triton(*args):
     from bbfast.triton_kernels import depthwise_conv_bn_act as kernels
 
     return kernels.backward(*args)
+
+
+def _forward_onednn(x, *args):
+    *tensors, stride, padding, dilation, _training, _momentum, eps, act, squeeze = args
+    y = _onednn.conv_bn_act(x, *tensors, None, stride, padding, dilation, x.shape[1], eps, act)
+    return _common.as_output(x, y), y.mean((2, 3)) if squeeze else None, None, None
 
 
 def _forward_reference(x, *args):
@@ -89,7 +103,10 @@ def _backward_reference(grad_y, grad_squeeze, x, weight, bias, bn_weight, bn_bia
     return tuple(None if leaf is None else next(found) for leaf in leaves)
 
 
-_FORWARD_KERNELS = (dispatch.Backend("triton", _triton_unsupported_reasons, _forward_triton),)
+_FORWARD_KERNELS = (
+    dispatch.Backend("triton", _triton_unsupported_reasons, _forward_triton),
+    dispatch.Backend("onednn", _onednn_unsupported_reasons, _forward_onednn),
+)
 _BACKWARD_KERNELS = (
     dispatch.Backend("triton", lambda dy, ds, x, w, *_: _triton_unsupported_reasons(x, w), _backward_triton),
 )

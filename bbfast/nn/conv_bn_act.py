@@ -1,0 +1,114 @@
+"""Convolution + BatchNorm + activation as a layer, and for modules that a model keeps apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from bbfast import ops
+from bbfast.nn._batch_norm import batch_norm_arguments, is_plain_batch_norm
+from bbfast.reference.activation import activation
+
+
+def apply_conv_bn_act(
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d | None,
+    x: torch.Tensor,
+    *,
+    act: str,
+    padding=None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Runs `act(bn(conv(x)) + residual)` as one op; the modules only lend their parameters and state.
+
+    Args:
+        conv: any groups, zero padding.
+        bn: a BatchNorm2d, in train or eval mode, or None. A SyncBatchNorm in training runs as a module.
+        x: `[N, C, H, W]`.
+        act: see `bbfast.ops.conv_bn_act`.
+        padding: overrides `conv.padding`, e.g. `"same"` for TensorFlow's rule.
+        residual: `[N, O, H', W']`, added before the activation.
+
+    Raises:
+        ValueError: `conv.padding_mode` is not zeros.
+    """
+    if conv.padding_mode != "zeros":
+        raise ValueError(f"conv has padding_mode={conv.padding_mode!r}; only 'zeros' is supported")
+    geometry = {
+        "bias": conv.bias,
+        "stride": conv.stride,
+        "padding": conv.padding if padding is None else padding,
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+    }
+    no_bn = (None, None, None, None)
+    if bn is None:
+        return ops.conv_bn_act(x, conv.weight, *no_bn, act=act, residual=residual, **geometry)
+    if bn.training and not is_plain_batch_norm(bn):
+        y = bn(ops.conv_bn_act(x, conv.weight, *no_bn, act="identity", **geometry))
+        return activation(y if residual is None else y + residual, act)
+    statistics, keywords = batch_norm_arguments(bn)
+    return ops.conv_bn_act(x, conv.weight, *statistics, act=act, residual=residual, **geometry, **keywords)
+
+
+def to_inference_layout(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the memory format that a model of these layers runs fastest in; values are the same.
+
+    On the CPU without gradients that is channels_last: pointwise and depthwise convolutions read channels
+    side by side, and take twice as long on NCHW. A model calls this once, on its input. Elsewhere x comes
+    back as it is.
+
+    Args:
+        x: `[N, C, H, W]`.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class ConvBNAct(nn.Module):
+    """`act(bn(conv(x)) + residual)` with children `conv` and `bn`.
+
+    Args:
+        in_channels, out_channels: C and O.
+        kernel_size, stride, dilation: an int or (height, width).
+        padding: as in `bbfast.ops.conv_bn_act`; None means dilation * (kernel_size - 1) // 2 on all sides.
+        groups: as in `nn.Conv2d`.
+        bias: whether the convolution has a bias.
+        eps, momentum: BatchNorm's.
+        act: identity, relu, relu6, hardswish, silu or gelu.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 1,
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding=None,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        act: str = "relu",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, 0, dilation, groups=groups, bias=bias, **factory
+        )
+        self.bn = nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum, **factory)
+        if padding is None:
+            padding = tuple(d * (k - 1) // 2 for k, d in zip(self.conv.kernel_size, self.conv.dilation))
+        self.padding = padding
+        self.act = act
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return apply_conv_bn_act(self.conv, self.bn, x, act=self.act, padding=self.padding, residual=residual)
+
+    def extra_repr(self) -> str:
+        return f"act={self.act!r}, padding={self.padding!r}"

@@ -1,0 +1,61 @@
+"""Squeeze-and-excite, given the squeezed means."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bbfast.reference.activation import ACTIVATIONS, activation
+
+GATES = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
+
+
+def apply_squeeze_excite(
+    x: torch.Tensor,
+    squeezed: torch.Tensor,
+    conv_reduce: nn.Conv2d,
+    conv_expand: nn.Conv2d,
+    *,
+    act: str,
+    gate: str,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """`x * gate(conv_expand(act(conv_reduce(squeezed))))`, a factor per sample and channel.
+
+    The 1x1 convolutions of a 1x1 map run as matrix products: on the CPU a convolution spends most of its time
+    reordering the weight.
+
+    Args:
+        x: `[N, C, H, W]`.
+        squeezed: means of x over H and W, `[N, C]`.
+        conv_reduce, conv_expand: 1x1 convolutions C to R and R to C, no groups.
+        act: the activation between them, as in `bbfast.ops`.
+        gate: sigmoid or hard_sigmoid.
+        inplace: overwrite x where no gradients are recorded.
+
+    Raises:
+        ValueError: a convolution that is not 1x1, shapes that do not fit, or an unknown act or gate.
+    """
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act={act!r} is not known; allowed: {', '.join(ACTIVATIONS)}")
+    if gate not in GATES:
+        raise ValueError(f"gate={gate!r} is not known; allowed: {', '.join(GATES)}")
+    if squeezed.shape != x.shape[:2]:
+        raise ValueError(
+            f"squeezed must have shape {tuple(x.shape[:2])}, [N, C] of x, got {tuple(squeezed.shape)}"
+        )
+    hidden = activation(_linear("conv_reduce", conv_reduce, squeezed), act)
+    factor = GATES[gate](_linear("conv_expand", conv_expand, hidden))[:, :, None, None]
+    if inplace and not torch.is_grad_enabled() and factor.dtype == x.dtype:
+        return x.mul_(factor)
+    return x * factor
+
+
+def _linear(name: str, conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """What the 1x1 convolution `conv` does to a 1x1 map whose channels are `x` [N, C]."""
+    if conv.kernel_size != (1, 1) or conv.groups != 1:
+        raise ValueError(f"{name} must be a 1x1 convolution without groups, got {conv}")
+    if x.shape[1] != conv.in_channels:
+        raise ValueError(f"{name} takes {conv.in_channels} channels, got {x.shape[1]}")
+    return F.linear(x, conv.weight.flatten(1), conv.bias)

@@ -1,0 +1,214 @@
+"""`conv_bn_act`: convolution, BatchNorm, residual and activation in one call.
+
+Inference on the CPU is one kernel. Everywhere else the convolution is torch's own (cuDNN is hard to beat on
+dense and pointwise convolutions) and the rest is `batch_norm_act`. Reads top-down: checks, backends,
+torch.library, public function.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bbfast import dispatch
+from bbfast.ops import _common, _onednn
+from bbfast.ops.batch_norm_act import batch_norm_act
+from bbfast.reference.activation import activation
+from bbfast.reference.conv_bn_act import conv_bn_act as reference
+from bbfast.reference.conv_bn_act import padded_conv
+
+OP = "conv_bn_act"
+
+
+# ---- checks ----------------------------------------------------------------------------------------------
+
+
+def _check(
+    x, weight, bias, bn_weight, bn_bias, running_mean, running_var, groups, training, momentum, eps, act
+):
+    _common.check_tensor("x", x, rank=4, layout="[N, C, H, W]")
+    _common.check_tensor("weight", weight, rank=4, layout="[O, C / groups, kh, kw]")
+    _common.check_same_device("weight", weight, x)
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"groups must be an int, got {type(groups).__name__}")
+    if groups < 1:
+        raise ValueError(f"groups={groups} is not allowed; it must be at least 1")
+    channels, out_channels = x.shape[1], weight.shape[0]
+    if 0 in weight.shape:
+        raise ValueError(f"weight has an empty dimension: shape {tuple(weight.shape)}")
+    if weight.shape[1] * groups != channels or out_channels % groups:
+        raise ValueError(
+            f"weight must have shape [O, C / groups, kh, kw] with C={channels} as in x and O a multiple of "
+            f"groups={groups}, got {tuple(weight.shape)}"
+        )
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight has dtype {weight.dtype} but x has {x.dtype}; convert one of them")
+    _common.check_channel_vector("bias", bias, out_channels, x)
+    if bias is not None and bias.dtype != x.dtype:
+        raise TypeError(f"bias has dtype {bias.dtype} but x has {x.dtype}; convert one of them")
+    statistics = (bn_weight, bn_bias, running_mean, running_var)
+    _common.check_batch_norm(out_channels, x, *statistics, training, momentum, eps, ("bn_weight", "bn_bias"))
+    _common.check_act(act)
+
+
+def _check_residual(residual, x, shape):
+    if residual is None:
+        return
+    _common.check_tensor("residual", residual, rank=4, layout="[N, O, H', W']")
+    if tuple(residual.shape) != tuple(shape):
+        raise ValueError(f"residual must have the output's shape {tuple(shape)}, got {tuple(residual.shape)}")
+    _common.check_same_device("residual", residual, x)
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual has dtype {residual.dtype} but x has {x.dtype}; convert one of them")
+
+
+# ---- backends --------------------------------------------------------------------------------------------
+
+
+def _onednn_unsupported_reasons(x, *args) -> list[str]:
+    *_, training, needs_grad = args
+    reasons = _onednn.unsupported_reasons(x)
+    if training:
+        reasons.append("training=True; the fused convolution is for inference")
+    if needs_grad:
+        reasons.append("gradients are needed; the fused convolution is for inference (use torch.no_grad())")
+    return reasons
+
+
+def _run_onednn(x, *args):
+    *config, _training, _needs_grad = args
+    return _onednn.conv_bn_act(x, *config)
+
+
+def _run_reference(x, *args):
+    *config, eps, act, _training, _needs_grad = args
+    return reference(x, *config, False, 0.0, eps, act)
+
+
+_FORWARD_KERNELS = (dispatch.Backend("onednn", _onednn_unsupported_reasons, _run_onednn),)
+
+
+# ---- torch.library ---------------------------------------------------------------------------------------
+
+
+def _impl(x, *args):
+    args = (*args, False, False)
+    run = _run_reference if x.numel() == 0 else dispatch.select(OP, _FORWARD_KERNELS, _run_reference, x, *args)
+    return _common.as_output(x, run(x, *args))
+
+
+def _fake(
+    x, weight, bias, bn_weight, bn_bias, mean, var, residual, stride, padding, dilation, groups, eps, act
+):
+    size = _common.conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return _common.new_output(x, (x.shape[0], weight.shape[0], *size))
+
+
+_op = _common.define(
+    f"{OP}(Tensor x, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean,"
+    " Tensor? running_var, Tensor? residual, int[2] stride, SymInt[4] padding, int[2] dilation, int groups,"
+    " float eps, str act) -> Tensor",
+    _impl,
+    _fake,
+)
+
+
+def _compose(
+    x, weight, bias, bn_weight, bn_bias, mean, var, residual, geometry, training, momentum, eps, act
+) -> torch.Tensor:
+    """torch's convolution, then the rest in one op: differentiable, any device."""
+    z = padded_conv(x, weight, bias, *geometry)
+    if mean is None and not training:
+        return activation(z if residual is None else z + residual, act)
+    return batch_norm_act(
+        z,
+        bn_weight,
+        bn_bias,
+        mean,
+        var,
+        residual=residual,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        act=act,
+    )
+
+
+# ---- public function -------------------------------------------------------------------------------------
+
+
+def conv_bn_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bn_weight: torch.Tensor | None,
+    bn_bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    *,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | tuple[int, int, int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: str = "relu",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`act(batch_norm(conv2d(x)) + residual)`; inference on the CPU makes one trip through memory of it.
+
+    Args:
+        x: input `[N, C, H, W]`, float32, float16, bfloat16 or float64; contiguous (NCHW), channels_last
+            (NHWC, much faster on the CPU) or any slice of these.
+        weight: `[O, C / groups, kh, kw]`, dtype of x.
+        bn_weight, bn_bias: BatchNorm's scale and shift `[O]`, or None for 1 and 0.
+        running_mean, running_var: `[O]`, or both None. Updated in place when `training`. None without
+            `training` (and without bn_weight and bn_bias) leaves BatchNorm out: convolution, bias and
+            activation remain.
+        bias: the convolution's bias `[O]`, dtype of x.
+        stride, dilation: an int or (height, width), in pixels.
+        padding: an int, (height, width), (top, bottom, left, right), `"valid"`, or `"same"` (TensorFlow's
+            rule: the odd pixel at the bottom or right).
+        groups: as in `torch.nn.functional.conv2d`.
+        training: normalise with the batch's statistics, else with the running ones; gradients flow in both.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+        act: identity, relu, relu6, hardswish, silu or gelu (erf).
+        residual: `[N, O, H', W']`, dtype of x, added before the activation.
+
+    Returns:
+        y `[N, O, H', W']` in x's dtype; in x's memory format in CPU inference, else as torch's conv2d has it.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes that do not fit, an unknown act, devices that differ; named in the message.
+
+    Numerics:
+        The CPU kernel folds BatchNorm into weight and bias in float32 in each call, so edits of any parameter
+        count at once. NaN passes through every activation. Under autocast x, weight, bias and residual are
+        cast as for torch's conv2d.
+    """
+    x, weight, bias, residual = _common.to_autocast_dtype(x, weight, bias, residual)
+    _check(
+        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, groups, training, momentum, eps, act
+    )
+    stride = _common.pair("stride", stride, 1)
+    dilation = _common.pair("dilation", dilation, 1)
+    padding = _common.resolve_padding(padding, x.shape[2:], weight.shape[2:], stride, dilation)
+    shape = (
+        x.shape[0],
+        weight.shape[0],
+        *_common.conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation),
+    )
+    _check_residual(residual, x, shape)
+    if training:
+        _common.check_batch_statistics(shape[0] * shape[2] * shape[3], shape)
+
+    tensors = (x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual)
+    geometry = (stride, padding, dilation, groups)
+    needs_grad = _common.needs_grad(x, weight, bias, bn_weight, bn_bias, residual)
+    if x.device.type == "cpu" and not training and not needs_grad:
+        return _op(*tensors, *geometry, float(eps), act)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # for `last_choices` and BBFAST_STRICT
+        dispatch.select(OP, _FORWARD_KERNELS, _compose, *tensors, *geometry, float(eps), act, training, needs_grad)
+    return _compose(*tensors, geometry, training, momentum, eps, act)
