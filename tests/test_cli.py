@@ -4,6 +4,7 @@ import json
 import pkgutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,6 +80,46 @@ def test_info_shows_a_variable_with_a_wrong_value(capsys, monkeypatch):
     monkeypatch.setenv("BBFAST_BACKEND", "tritn")
     assert main(["info"]) == 0
     assert "BBFAST_BACKEND='tritn' is not a backend" in capsys.readouterr().out
+
+
+def test_info_describes_gpus(capsys, monkeypatch):
+    gpu = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(_status, "backend_status", lambda: [])
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("H100, compute capability 9.0, 132 multiprocessors, 80 GiB") == 2
+    assert "GPU 0" in out and "GPU 1" in out
+
+
+@pytest.mark.parametrize(
+    "load, shown",
+    [
+        (
+            lambda: SimpleNamespace(
+                build_info=lambda: {"cuda": False, "cuda_archs": [], "compiler": "gcc 12"}
+            ),
+            "gcc 12",
+        ),
+        (lambda: None, "not available: it was never built"),
+    ],
+)
+def test_info_describes_the_extension(load, shown, capsys, monkeypatch):
+    monkeypatch.setattr("bbfast.extension.load", load)
+    monkeypatch.setattr("bbfast.extension.unavailable_reason", lambda: "it was never built")
+    assert main(["info"]) == 0
+    assert shown in capsys.readouterr().out
+
+
+def test_info_survives_a_broken_extension(capsys, monkeypatch):
+    def load():
+        raise ImportError("undefined symbol: _ZN2at")
+
+    monkeypatch.setattr("bbfast.extension.load", load)
+    assert main(["info"]) == 0
+    assert "broken: undefined symbol: _ZN2at" in capsys.readouterr().out
 
 
 def test_status_asks_every_ladder_of_every_op():
@@ -205,6 +246,17 @@ def test_truncated_photo(photo, tmp_path, capsys):
         path.write_bytes(whole.read()[:2000])
     assert main(["classify", str(path)]) == 1
     assert str(path) in error_line(capsys)
+
+
+def test_good_photos_among_bad_ones(photo, checkpoint, tmp_path, capsys):
+    path = tmp_path / "notes.txt"
+    path.write_text("buy milk\n")
+    command = ["classify", "/nowhere.png", photo, str(path), photo]
+    assert main([*command, "--model", SMALL_MODEL, "--checkpoint", checkpoint, "--json"]) == 1
+    captured = capsys.readouterr()
+    assert [entry["photo"] for entry in json.loads(captured.out)["photos"]] == [photo, photo]
+    first, second = captured.err.splitlines()
+    assert "/nowhere.png" in first and str(path) in second
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from argparse import Namespace
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -26,29 +27,34 @@ from bbfast.commands._common import (
     progress_bar,
 )
 
+Found = list[tuple[str, list[Prediction]]]
+
 
 def run(args: Namespace) -> int:
+    """Classifies what can be read, then names on stderr what cannot."""
     device = pick_device(args.device)
-    # Photos first: a wrong path should not wait for a model.
-    with one_line_errors(OSError, ValueError):
-        for path in args.photos:
-            data.load_photo(path)
-    classifier = make_classifier(args.model, args.checkpoint, device)
-    found = {}
+    classifier, found, complaints = None, [], []
     with progress_bar() as progress:
         for path in progress.track(args.photos, description="Classifying"):
-            found[path] = classify_photo(classifier, path, args.top)
+            try:
+                photo = data.load_photo(path)
+            except (OSError, ValueError) as error:
+                complaints.append(error)
+                continue
+            if classifier is None:  # a wrong path alone should not wait for a model
+                classifier = make_classifier(args.model, args.checkpoint, device)
+            found.append((path, classify(classifier, photo, args.top)))
 
-    if args.json:
+    if classifier is not None and args.json:
         print(json.dumps(_as_json(classifier, found), indent=2))
-    else:
+    elif classifier is not None:
         _print_tables(classifier, found)
-    return 0
+    for complaint in complaints:
+        print(f"bbfast classify: {complaint}", file=sys.stderr)
+    return 1 if complaints else 0
 
 
-def classify_photo(classifier: Classifier, path: str | Path, top: int) -> list[Prediction]:
-    with one_line_errors(OSError, ValueError):
-        photo = data.load_photo(path)
+def classify(classifier: Classifier, photo: Image.Image, top: int) -> list[Prediction]:
     with (
         torch.inference_mode(),
         one_line_errors(dispatch.BackendUnavailableError, ValueError, torch.OutOfMemoryError),
@@ -56,21 +62,21 @@ def classify_photo(classifier: Classifier, path: str | Path, top: int) -> list[P
         return classifier.top(classifier.model(classifier.as_input(photo)), top)
 
 
-def _as_json(classifier: Classifier, found: dict[str, list[Prediction]]) -> dict:
+def _as_json(classifier: Classifier, found: Found) -> dict:
     return {
         "model": classifier.name,
         "weights": classifier.weights,
         "device": str(classifier.device),
         "photos": [
             {"photo": path, "predictions": [asdict(prediction) for prediction in predictions]}
-            for path, predictions in found.items()
+            for path, predictions in found
         ],
     }
 
 
-def _print_tables(classifier: Classifier, found: dict[str, list[Prediction]]) -> None:
+def _print_tables(classifier: Classifier, found: Found) -> None:
     console = Console(highlight=False)
-    for path, predictions in found.items():
+    for path, predictions in found:
         table = Table(box=box.SIMPLE_HEAD)
         table.add_column("probability", justify="right")
         table.add_column("label")

@@ -24,6 +24,10 @@ VARIABLES = (
     ("BBFAST_BACKEND", "auto", env.backend),
     ("BBFAST_STRICT", "0", env.strict),
     ("TRITON_INTERPRET", "0", lambda: None),
+    ("CUDA_VISIBLE_DEVICES", "all", lambda: None),
+    ("BBFAST_CUDA", "auto; for the build", lambda: None),
+    ("CUDA_HOME", "found on PATH; for the build", lambda: None),
+    ("TORCH_CUDA_ARCH_LIST", "what nvcc can; for the build", lambda: None),
 )
 
 
@@ -130,7 +134,7 @@ def _print_backends(console: Console) -> None:
 
 def _print_pairs(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
-    table.add_column(no_wrap=True, style="cyan", min_width=18)
+    table.add_column(no_wrap=True, style="cyan", min_width=20)
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, Text(value))
