@@ -1,0 +1,82 @@
+// The module bbfast._C: functions on tensors, one line each, and what the build was made of.
+
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "build_config.h"  // written by setup.py
+#include "depthwise_conv_bn_act.h"
+#ifdef BBFAST_WITH_CUDA
+#include "device_info.h"
+#endif
+
+namespace py = pybind11;
+using namespace bbfast;
+
+namespace {
+
+#if defined(__clang__)
+constexpr const char* COMPILER = "clang " __clang_version__;
+#elif defined(__GNUC__)
+constexpr const char* COMPILER = "gcc " __VERSION__;
+#else
+constexpr const char* COMPILER = "unknown";
+#endif
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = COMPILER;
+  info["cxx11_abi"] = static_cast<bool>(_GLIBCXX_USE_CXX11_ABI);
+  info["torch"] = TORCH_VERSION;
+  info["openmp"] =
+#ifdef _OPENMP
+      true;
+#else
+      false;
+#endif
+  info["cpu_instruction_set"] = cpu_instruction_set();
+#ifdef BBFAST_WITH_CUDA
+  info["cuda"] = true;
+  info["cuda_version"] =
+      std::to_string(compiled_cuda_version() / 1000) + "." + std::to_string(compiled_cuda_version() % 1000 / 10);
+#else
+  info["cuda"] = false;
+  info["cuda_version"] = py::none();
+#endif
+  info["cuda_archs"] = py::str(BBFAST_CUDA_ARCHS).attr("split")();
+  info["cuda_reason"] = BBFAST_CUDA_REASON;  // why there is, or is no, CUDA half
+  return info;
+}
+
+// (devices, reason): a dict per GPU, and why there is none where there is none.
+py::tuple device_info() {
+  py::list devices;
+#ifdef BBFAST_WITH_CUDA
+  const DeviceList list = list_devices();
+  for (const DeviceInfo& device : list.devices) {
+    py::dict info;
+    info["name"] = device.name;
+    info["compute_capability"] = py::make_tuple(device.compute_capability_major, device.compute_capability_minor);
+    info["multiprocessors"] = device.multiprocessors;
+    info["memory_bytes"] = device.memory_bytes;
+    info["l2_bytes"] = device.l2_bytes;
+    info["shared_memory_per_block_bytes"] = device.shared_memory_per_block_bytes;
+    info["memory_gbps"] = device.memory_gbps;
+    devices.append(info);
+  }
+  return py::make_tuple(devices, list.reason.empty() ? py::object(py::none()) : py::str(list.reason));
+#else
+  return py::make_tuple(devices, "bbfast was built without CUDA: " BBFAST_CUDA_REASON);
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "bbfast's C++ and CUDA kernels; use them through bbfast.ops.";
+  m.def("build_info", &build_info, "What this library was built with, as a dict.");
+  m.def("device_info", &device_info, "(list of a dict per GPU, reason why it is empty or None).");
+  m.def("depthwise_conv_bn_act", &depthwise_conv_bn_act_cpu, py::arg("x"), py::arg("weight"), py::arg("scale"),
+        py::arg("shift"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("act"),
+        py::arg("squeeze"), py::call_guard<py::gil_scoped_release>(),
+        "Depthwise conv + scale and shift + act of a channels_last float32 CPU map: (y, squeeze means or empty).");
+}

@@ -1,0 +1,495 @@
+// Depthwise convolution + scale and shift + activation (+ squeeze means), NHWC float32, on the CPU.
+//
+// A task is a band of output rows of one sample; threads share the tasks. Within a row the loop runs over chunks of
+// channels, tiles of up to MAX_TILE output columns, blocks of two vectors of channels, and taps: the sums of a tile and
+// block stay in registers, each input vector is loaded straight into a multiply-add, and a weight serves the whole tile.
+// The input rows of a band come from memory once and from the cache for the other taps; y is written once, already
+// activated.
+//
+// The arithmetic is written once on compiler vectors and compiled for AVX-512, AVX2 and the build's own baseline; the
+// best one for the machine is picked when the library loads, so that one wheel runs everywhere.
+
+#include "depthwise_conv_bn_act.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+namespace bbfast {
+namespace {
+
+#define BBFAST_INLINE inline __attribute__((always_inline))
+#define BBFAST_UNROLL _Pragma("GCC unroll 8")  // or sums would live in memory, not in registers
+
+enum class Act { identity, relu, relu6, hardswish, silu, gelu };
+
+// All that a row of output needs; strides and extents in elements.
+struct Layer {
+  const float* x;
+  const float* weight;  // [kh, kw, C]
+  const float* scale;
+  const float* shift;
+  float* y;             // [N, H', W', C]
+  int64_t channels, height, width, out_height, out_width;
+  int64_t x_stride_n, x_stride_h, x_stride_w;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, top, left;
+  Act act;
+  int64_t chunk;  // channels that a row is walked in; a multiple of the widest block
+};
+
+// ---- vectors ------------------------------------------------------------------------------------------------
+
+typedef float Vec4 __attribute__((vector_size(16)));
+typedef float Vec8 __attribute__((vector_size(32)));
+typedef float Vec16 __attribute__((vector_size(64)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
+typedef int32_t Int8 __attribute__((vector_size(32)));
+typedef int32_t Int16 __attribute__((vector_size(64)));
+
+// `Narrower` takes the channels that are left when they no longer fill a vector.
+template <class V> struct Traits;
+template <> struct Traits<float> { using Int = int32_t; using Narrower = float; };
+template <> struct Traits<Vec4> { using Int = Int4; using Narrower = float; };
+template <> struct Traits<Vec8> { using Int = Int8; using Narrower = Vec4; };
+template <> struct Traits<Vec16> { using Int = Int16; using Narrower = Vec8; };
+
+template <class V> constexpr int64_t lanes = sizeof(V) / sizeof(float);
+
+// Through references, not values: passing wide vectors by value has no stable ABI below AVX.
+template <class V> BBFAST_INLINE void load(V& v, const float* p) { std::memcpy(&v, p, sizeof(V)); }
+template <class V> BBFAST_INLINE void store(float* p, const V& v) { std::memcpy(p, &v, sizeof(V)); }
+
+// ---- activations, in place on one vector --------------------------------------------------------------------
+
+// exp for v <= 88: 2^n times a polynomial in the rest, |rest| <= ln2 / 2; NaN stays NaN.
+template <class V> BBFAST_INLINE void exp_in_place(V& v) {
+  using Int = typename Traits<V>::Int;
+  const V lowest = V{} - 87.0f, highest = V{} + 88.0f;
+  v = v < lowest ? lowest : v;
+  v = v > highest ? highest : v;
+  const V rounder = V{} + 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const V shifted = v * 1.44269504f + rounder;
+  const V n = shifted - rounder;
+  const V r = (v - n * 0.693145752f) - n * 1.42860677e-6f;
+  V p = r * 1.98412698e-4f + 1.38888889e-3f;  // Taylor's coefficients; the first term left out is below 6e-9
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r + 1.0f;
+  Int bits, exponent;
+  std::memcpy(&bits, &p, sizeof(V));
+  std::memcpy(&exponent, &shifted, sizeof(V));
+  bits += exponent << 23;
+  std::memcpy(&v, &bits, sizeof(V));
+}
+
+template <class V> BBFAST_INLINE void silu(V& v) {
+  V e = -v;
+  exp_in_place(e);
+  v = v / (e + 1.0f);
+}
+
+// x * Phi(x), with Phi(-a) = erfc(a / sqrt 2) / 2 and erfc(b) = exp(-b^2) t Q(t), t = 1 / (1 + 0.4 b). Q is a
+// minimax fit of degree 8 on 0 <= b <= 9.4, relative error 6e-8.
+template <class V> BBFAST_INLINE void gelu(V& v) {
+  const V a = v < V{} ? -v : v;
+  const V b = a * 0.707106781f;
+  const V t = 1.0f / (b * 0.4f + 1.0f);
+  V q = t * 0.0400544815f - 0.134419307f;
+  q = q * t + 0.0716318116f;
+  q = q * t + 0.102305546f;
+  q = q * t + 0.0696920604f;
+  q = q * t + 0.197754323f;
+  q = q * t + 0.200751066f;
+  q = q * t + 0.226605594f;
+  q = q * t + 0.225624487f;
+  V e = -b * b;
+  exp_in_place(e);
+  const V lower = e * t * q * 0.5f;
+  v = v * (v < V{} ? lower : 1.0f - lower);
+}
+
+template <class V> BBFAST_INLINE void clamp(V& v, float low, float high) {
+  const V l = V{} + low, h = V{} + high;
+  v = v < l ? l : v;  // NaN compares false and passes
+  v = v > h ? h : v;
+}
+
+// ---- the kernel ---------------------------------------------------------------------------------------------
+
+// Six columns of two vectors leave four of AVX2's sixteen registers for the weights and the addresses.
+constexpr int64_t MAX_TILE = 6;
+
+template <class V, int VECTORS> BBFAST_INLINE void multiply_add(V (&sum)[VECTORS], const float* input, const V (&w)[VECTORS]) {
+  BBFAST_UNROLL
+  for (int v = 0; v < VECTORS; ++v) {
+    V values;
+    load(values, input + v * lanes<V>);
+    sum[v] += values * w[v];
+  }
+}
+
+// One addition. Left to itself gcc keeps an offset for every column and vector, runs out of registers and fetches each
+// from the stack; the empty statement hides from it where the pointer came from.
+BBFAST_INLINE void advance(const float*& p, int64_t step) {
+  p += step;
+  asm("" : "+r"(p));
+}
+
+// `TILE` output columns from `column` on, `VECTORS` vectors of channels from `channel` on.
+template <class V, int VECTORS, int TILE>
+BBFAST_INLINE void run_tile(
+    const Layer& layer, const float* x, float* y, int64_t row, int64_t column, int64_t channel) {
+  V sum[TILE][VECTORS] = {};
+  const int64_t first = column * layer.stride_w - layer.left;
+  const int64_t last = first + (TILE - 1) * layer.stride_w + (layer.kernel_w - 1) * layer.dilation_w;
+  const bool inside = first >= 0 && last < layer.width;
+  const int64_t step = layer.stride_w * layer.x_stride_w;
+
+  for (int64_t i = 0; i < layer.kernel_h; ++i) {
+    const int64_t in_row = row * layer.stride_h - layer.top + i * layer.dilation_h;
+    if (in_row < 0 || in_row >= layer.height) continue;
+    const float* source = x + in_row * layer.x_stride_h + first * layer.x_stride_w + channel;
+    const float* weight = layer.weight + i * layer.kernel_w * layer.channels + channel;
+    for (int64_t j = 0; j < layer.kernel_w; ++j) {
+      V w[VECTORS];
+      BBFAST_UNROLL
+      for (int v = 0; v < VECTORS; ++v) load(w[v], weight + v * lanes<V>);
+      const float* input = source;
+      if (inside) {
+        BBFAST_UNROLL
+        for (int t = 0; t < TILE; ++t) {
+          multiply_add<V, VECTORS>(sum[t], input, w);
+          advance(input, step);
+        }
+      } else {
+        int64_t in_column = first + j * layer.dilation_w;
+        BBFAST_UNROLL
+        for (int t = 0; t < TILE; ++t) {
+          if (in_column >= 0 && in_column < layer.width) multiply_add<V, VECTORS>(sum[t], input, w);
+          advance(input, step);
+          in_column += layer.stride_w;
+        }
+      }
+      source += layer.dilation_w * layer.x_stride_w;
+      weight += layer.channels;
+    }
+  }
+
+  V scale[VECTORS], shift[VECTORS];
+  BBFAST_UNROLL
+  for (int v = 0; v < VECTORS; ++v) {
+    load(scale[v], layer.scale + channel + v * lanes<V>);
+    load(shift[v], layer.shift + channel + v * lanes<V>);
+  }
+  const float low = layer.act == Act::relu || layer.act == Act::relu6 ? 0.0f : -INFINITY;
+  const float high = layer.act == Act::relu6 ? 6.0f : INFINITY;
+  float* out = y + column * layer.channels + channel;
+  if (layer.act == Act::hardswish) {
+    BBFAST_UNROLL
+    for (int t = 0; t < TILE; ++t, out += layer.channels) {
+      BBFAST_UNROLL
+      for (int v = 0; v < VECTORS; ++v) {
+        const V values = sum[t][v] * scale[v] + shift[v];
+        V gate = values * (1.0f / 6.0f) + 0.5f;
+        clamp(gate, 0.0f, 1.0f);
+        store(out + v * lanes<V>, values * gate);
+      }
+    }
+  } else {
+    BBFAST_UNROLL
+    for (int t = 0; t < TILE; ++t, out += layer.channels) {
+      BBFAST_UNROLL
+      for (int v = 0; v < VECTORS; ++v) {
+        V values = sum[t][v] * scale[v] + shift[v];
+        clamp(values, low, high);
+        store(out + v * lanes<V>, values);
+      }
+    }
+  }
+}
+
+// One tile for the channels [channel, end): pairs of the widest vectors, then one of each narrower width, then scalars
+// column by column (few channels get there, and each tile size costs a compilation).
+template <class V, int TILE, bool WIDEST = true>
+BBFAST_INLINE void run_tile_channels(
+    const Layer& layer, const float* x, float* y, int64_t row, int64_t column, int64_t channel, int64_t end) {
+  if constexpr (lanes<V> == 1) {
+    for (; channel < end; ++channel) {
+      for (int t = 0; t < TILE; ++t) run_tile<V, 1, 1>(layer, x, y, row, column + t, channel);
+    }
+  } else {
+    if constexpr (WIDEST) {
+      for (; channel + 2 * lanes<V> <= end; channel += 2 * lanes<V>) {
+        run_tile<V, 2, TILE>(layer, x, y, row, column, channel);
+      }
+    }
+    if (channel + lanes<V> <= end) {
+      run_tile<V, 1, TILE>(layer, x, y, row, column, channel);
+      channel += lanes<V>;
+    }
+    run_tile_channels<typename Traits<V>::Narrower, TILE, false>(layer, x, y, row, column, channel, end);
+  }
+}
+
+// What the tiles leave to a second pass over a row's chunk, which is still in the cache: silu and gelu (long, so
+// compiled once and not per tile size), and the sums over columns.
+template <class V>
+BBFAST_INLINE void finish_row(const Layer& layer, float* y, float* sums, int64_t channel, int64_t end) {
+  for (; channel + lanes<V> <= end; channel += lanes<V>) {
+    float* p = y + channel;
+    V total = {};
+    for (int64_t column = 0; column < layer.out_width; ++column, p += layer.channels) {
+      V out;
+      load(out, p);
+      if (layer.act == Act::silu) {
+        silu(out);
+        store(p, out);
+      } else if (layer.act == Act::gelu) {
+        gelu(out);
+        store(p, out);
+      }
+      total += out;
+    }
+    if (sums != nullptr) {
+      V before;
+      load(before, sums + channel);
+      store(sums + channel, before + total);
+    }
+  }
+  if constexpr (lanes<V> > 1) finish_row<typename Traits<V>::Narrower>(layer, y, sums, channel, end);
+}
+
+// Fetches what the next output row adds to the input of this one, for the columns [column, end_column) of the output:
+// too few lines of a row follow each other for the hardware to see a stream.
+BBFAST_INLINE void prefetch_next_row(
+    const Layer& layer, const float* x, int64_t row, int64_t column, int64_t end_column, int64_t channel, int64_t end) {
+  const int64_t line = 64 / sizeof(float);
+  const int64_t below = row * layer.stride_h - layer.top + (layer.kernel_h - 1) * layer.dilation_h + 1;
+  const int64_t last_row = std::min(below + layer.stride_h, layer.height);
+  const int64_t last_column = std::min(end_column * layer.stride_w, layer.width);
+  for (int64_t in_row = std::max<int64_t>(below, 0); in_row < last_row; ++in_row) {
+    for (int64_t in_column = column * layer.stride_w; in_column < last_column; ++in_column) {
+      const float* p = x + in_row * layer.x_stride_h + in_column * layer.x_stride_w;
+      for (int64_t c = channel; c < end; c += line) __builtin_prefetch(p + c, 0, 2);
+    }
+  }
+}
+
+// One output row. x: the sample's [H, W, C]; y: the row's [W', C]; sums: [C], added to, or null.
+template <class V>
+BBFAST_INLINE void run_row(const Layer& layer, const float* x, float* y, float* sums, int64_t row) {
+  // Tiles of nearly equal width: seven columns are 4 + 3, not 6 + 1.
+  const int64_t tiles = (layer.out_width + MAX_TILE - 1) / MAX_TILE;
+  for (int64_t channel = 0; channel < layer.channels; channel += layer.chunk) {
+    const int64_t end = std::min(channel + layer.chunk, layer.channels);
+    int64_t column = 0;
+    for (int64_t tile = 1; tile <= tiles; ++tile) {
+      const int64_t next = layer.out_width * tile / tiles;
+      prefetch_next_row(layer, x, row, column, next, channel, end);
+      switch (next - column) {
+        case 1: run_tile_channels<V, 1>(layer, x, y, row, column, channel, end); break;
+        case 2: run_tile_channels<V, 2>(layer, x, y, row, column, channel, end); break;
+        case 3: run_tile_channels<V, 3>(layer, x, y, row, column, channel, end); break;
+        case 4: run_tile_channels<V, 4>(layer, x, y, row, column, channel, end); break;
+        case 5: run_tile_channels<V, 5>(layer, x, y, row, column, channel, end); break;
+        default: run_tile_channels<V, MAX_TILE>(layer, x, y, row, column, channel, end);
+      }
+      column = next;
+    }
+    if (sums != nullptr || layer.act == Act::silu || layer.act == Act::gelu) {
+      finish_row<V>(layer, y, sums, channel, end);
+    }
+  }
+}
+
+using RowFunction = void (*)(const Layer&, const float*, float*, float*, int64_t);
+
+void run_row_baseline(const Layer& layer, const float* x, float* y, float* sums, int64_t row) {
+  run_row<Vec4>(layer, x, y, sums, row);
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx2,fma"))) void run_row_avx2(
+    const Layer& layer, const float* x, float* y, float* sums, int64_t row) {
+  run_row<Vec8>(layer, x, y, sums, row);
+}
+
+__attribute__((target("avx2,fma,avx512f,avx512vl"))) void run_row_avx512(
+    const Layer& layer, const float* x, float* y, float* sums, int64_t row) {
+  run_row<Vec16>(layer, x, y, sums, row);
+}
+#endif
+
+struct InstructionSet {
+  const char* name;
+  RowFunction run_row;
+};
+
+InstructionSet best_instruction_set() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) {
+    return {"avx512", run_row_avx512};
+  }
+  if (avx2) return {"avx2", run_row_avx2};
+#endif
+  return {"baseline", run_row_baseline};
+}
+
+const InstructionSet INSTRUCTION_SET = best_instruction_set();
+
+// ---- checks -------------------------------------------------------------------------------------------------
+
+Act parse_act(const std::string& name) {
+  static constexpr const char* NAMES[] = {"identity", "relu", "relu6", "hardswish", "silu", "gelu"};
+  for (int i = 0; i < 6; ++i) {
+    if (name == NAMES[i]) return static_cast<Act>(i);
+  }
+  TORCH_CHECK_VALUE(false, "act='", name, "' is not known; allowed: identity, relu, relu6, hardswish, silu, gelu");
+}
+
+void check_float_cpu(const char* name, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(t.defined(), name, " must be a tensor, got None");
+  TORCH_CHECK_VALUE(t.layout() == at::kStrided, name, " must be a dense tensor, got layout ", t.layout());
+  TORCH_CHECK_VALUE(t.device().is_cpu(), name, " must be on the CPU, got ", t.device());
+  TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat, name, " must be float32, got ", t.scalar_type());
+}
+
+void check_channel_vector(const char* name, const at::Tensor& t, int64_t channels) {
+  check_float_cpu(name, t);
+  TORCH_CHECK_VALUE(
+      t.dim() == 1 && t.size(0) == channels,
+      name, " must have shape [", channels, "], one value per channel, got ", t.sizes());
+}
+
+template <size_t COUNT>
+void check_at_least(const char* name, const std::array<int64_t, COUNT>& values, int64_t minimum) {
+  for (const int64_t value : values) {
+    TORCH_CHECK_VALUE(value >= minimum, name, " holds ", value, "; it must be at least ", minimum);
+  }
+}
+
+int64_t output_size(
+    char axis, int64_t size, int64_t before, int64_t after, int64_t kernel, int64_t dilation, int64_t stride) {
+  const int64_t padded = size + before + after;
+  const int64_t extent = (kernel - 1) * dilation + 1;
+  TORCH_CHECK_VALUE(
+      padded >= extent,
+      "weight spans ", extent, " pixels along ", axis, " but the padded x has only ", padded);
+  return (padded - extent) / stride + 1;
+}
+
+void check_tensors(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& shift) {
+  check_float_cpu("x", x);
+  TORCH_CHECK_VALUE(x.dim() == 4, "x must have 4 dimensions [N, C, H, W], got shape ", x.sizes());
+  const int64_t channels = x.size(1);
+  TORCH_CHECK_VALUE(channels > 0, "x has no channels: shape ", x.sizes());
+  TORCH_CHECK_VALUE(
+      channels == 1 || x.stride(1) == 1,
+      "x must be channels_last (stride 1 along C), got strides ", x.strides());
+  check_float_cpu("weight", weight);
+  TORCH_CHECK_VALUE(
+      weight.dim() == 4 && weight.size(0) == channels && weight.size(1) == 1 && weight.numel() > 0,
+      "weight must have shape [", channels, ", 1, kh, kw] with C as in x, got ", weight.sizes());
+  check_channel_vector("scale", scale, channels);
+  check_channel_vector("shift", shift, channels);
+}
+
+// As many channels as keep the weights in a quarter of a 32 KiB L1 cache: a row is then read in long runs, which the
+// prefetcher likes, and each weight still comes from the L1 cache for the next tile.
+int64_t channels_per_chunk(int64_t taps) {
+  const int64_t widest_block = 2 * lanes<Vec16>;
+  const int64_t fitting = 8192 / (taps * static_cast<int64_t>(sizeof(float)));
+  return std::max(fitting / widest_block * widest_block, widest_block);
+}
+
+// ---- squeeze ------------------------------------------------------------------------------------------------
+
+// Adds the bands' sums in a fixed order, so that the means do not depend on the number of threads.
+void mean_of_bands(const float* sums, float* squeezed, int64_t batch, int64_t bands, int64_t channels, int64_t area) {
+  for (int64_t n = 0; n < batch; ++n) {
+    float* out = squeezed + n * channels;
+    std::copy_n(sums + n * bands * channels, channels, out);
+    for (int64_t band = 1; band < bands; ++band) {
+      const float* more = sums + (n * bands + band) * channels;
+      for (int64_t c = 0; c < channels; ++c) out[c] += more[c];
+    }
+    for (int64_t c = 0; c < channels; ++c) out[c] /= static_cast<float>(area);
+  }
+}
+
+}  // namespace
+
+std::string cpu_instruction_set() { return INSTRUCTION_SET.name; }
+
+std::tuple<at::Tensor, at::Tensor> depthwise_conv_bn_act_cpu(
+    const at::Tensor& x,
+    const at::Tensor& weight,
+    const at::Tensor& scale,
+    const at::Tensor& shift,
+    std::array<int64_t, 2> stride,
+    std::array<int64_t, 4> padding,
+    std::array<int64_t, 2> dilation,
+    const std::string& act,
+    bool squeeze) {
+  check_tensors(x, weight, scale, shift);
+  check_at_least("stride", stride, 1);
+  check_at_least("padding", padding, 0);
+  check_at_least("dilation", dilation, 1);
+  const auto [top, bottom, left, right] = padding;
+  const int64_t batch = x.size(0), channels = x.size(1);
+  const int64_t out_height =
+      output_size('H', x.size(2), top, bottom, weight.size(2), dilation[0], stride[0]);
+  const int64_t out_width = output_size('W', x.size(3), left, right, weight.size(3), dilation[1], stride[1]);
+
+  // Contiguous [kh, kw, C], [C] and [C], copied only where they are not stored so; the outputs in the layouts promised.
+  const at::Tensor taps = weight.detach().permute({2, 3, 1, 0}).contiguous();
+  const at::Tensor scales = scale.detach().contiguous();
+  const at::Tensor shifts = shift.detach().contiguous();
+  const auto options = x.options().requires_grad(false);
+  const at::Tensor y = at::empty({batch, out_height, out_width, channels}, options);
+  const at::Tensor squeezed = at::empty(
+      squeeze ? std::vector<int64_t>{batch, channels} : std::vector<int64_t>{0}, options);
+
+  const Layer layer{
+      x.const_data_ptr<float>(), taps.const_data_ptr<float>(), scales.const_data_ptr<float>(),
+      shifts.const_data_ptr<float>(), y.mutable_data_ptr<float>(),
+      channels, x.size(2), x.size(3), out_height, out_width,
+      x.stride(0), x.stride(2), x.stride(3),
+      weight.size(2), weight.size(3), stride[0], stride[1], dilation[0], dilation[1], top, left,
+      parse_act(act),
+      channels_per_chunk(weight.size(2) * weight.size(3))};
+
+  // About 64 tasks whatever the number of threads; a band is at least a row.
+  const int64_t bands = batch == 0 ? 0 : std::clamp<int64_t>((64 + batch - 1) / batch, 1, out_height);
+  std::vector<float> sums(squeeze ? batch * bands * channels : 0);
+  const int64_t task_work = (out_height * out_width * channels * (layer.kernel_h * layer.kernel_w + 4)) /
+      std::max<int64_t>(bands, 1);
+  const int64_t grain = std::max<int64_t>(1, 200000 / std::max<int64_t>(task_work, 1));
+  at::parallel_for(0, batch * bands, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n = task / bands, band = task % bands;
+      const int64_t last = out_height * (band + 1) / bands;
+      for (int64_t row = out_height * band / bands; row < last; ++row) {
+        INSTRUCTION_SET.run_row(
+            layer,
+            layer.x + n * layer.x_stride_n,
+            layer.y + (n * out_height + row) * out_width * channels,
+            squeeze ? sums.data() + task * channels : nullptr,
+            row);
+      }
+    }
+  });
+  if (squeeze) mean_of_bands(sums.data(), squeezed.mutable_data_ptr<float>(), batch, bands, channels, out_height * out_width);
+  return {y.permute({0, 3, 1, 2}), squeezed};
+}
+
+}  // namespace bbfast
