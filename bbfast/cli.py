@@ -44,23 +44,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bbfast {bbfast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
 
-    info = commands.add_parser(
-        "info", help="versions, GPUs, what was built, which backends can run and why not"
-    )
+    info = commands.add_parser("info", help="versions, GPUs, what was built, which backends can run and why not")
     info.set_defaults(command=_command("info"))
 
     listing = commands.add_parser("list", help="names of models")
-    listing.add_argument(
-        "pattern", nargs="*", metavar="PATTERN", help="wildcards in quotes, e.g. 'mobilenetv3*'"
-    )
+    listing.add_argument("pattern", nargs="*", metavar="PATTERN", help="wildcards in quotes, e.g. 'mobilenetv3*'")
     listing.set_defaults(command=_list)
 
     classify = commands.add_parser("classify", help="what a model sees in photos")
     classify.add_argument("photos", nargs="+", metavar="PHOTO", help="an image file")
     classify.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="default: %(default)s")
-    classify.add_argument(
-        "--checkpoint", metavar="FILE", help="weights to load instead of the pretrained ones"
-    )
+    classify.add_argument("--checkpoint", metavar="FILE", help="weights to load instead of the pretrained ones")
     classify.add_argument("--top", type=_positive, default=5, metavar="N", help="labels per photo, default 5")
     classify.add_argument("--json", action="store_true", help="print JSON instead of tables")
     _add_device(classify)

@@ -14,6 +14,7 @@ from PIL import Image
 import bbfast
 from bbfast import dispatch
 from bbfast.cli import main
+from bbfast.extension import BrokenExtensionError
 from bbfast.ops import _status
 
 SMALL_MODEL = "mobilenetv3_small_050"
@@ -98,12 +99,10 @@ def test_info_describes_gpus(capsys, monkeypatch):
     "load, shown",
     [
         (
-            lambda: SimpleNamespace(
-                build_info=lambda: {"cuda": False, "cuda_archs": [], "compiler": "gcc 12"}
-            ),
+            lambda: SimpleNamespace(build_info=lambda: {"cuda": False, "cuda_archs": [], "compiler": "gcc 12"}),
             "gcc 12",
         ),
-        (lambda: None, "not available: it was never built"),
+        (lambda: None, "it was never built"),
     ],
 )
 def test_info_describes_the_extension(load, shown, capsys, monkeypatch):
@@ -115,11 +114,21 @@ def test_info_describes_the_extension(load, shown, capsys, monkeypatch):
 
 def test_info_survives_a_broken_extension(capsys, monkeypatch):
     def load():
-        raise ImportError("undefined symbol: _ZN2at")
+        raise BrokenExtensionError("undefined symbol: _ZN2at")
 
     monkeypatch.setattr("bbfast.extension.load", load)
     assert main(["info"]) == 0
     assert "broken: undefined symbol: _ZN2at" in capsys.readouterr().out
+
+
+def test_status_survives_a_broken_extension(monkeypatch):
+    def reasons(*args):
+        raise BrokenExtensionError("built for another torch")
+
+    ladder = (dispatch.Backend("cpp", reasons, print),)
+    monkeypatch.setattr("bbfast.ops.depthwise_conv_bn_act._FORWARD_KERNELS", ladder)
+    found = [s for s in _status.backend_status() if s.backend == "cpp" and s.op == "depthwise_conv_bn_act"]
+    assert found[0].reasons == ("built for another torch",)
 
 
 def test_status_asks_every_ladder_of_every_op():
@@ -145,9 +154,7 @@ def test_status_agrees_with_what_the_op_takes(monkeypatch):
     bbfast.ops.depthwise_conv_bn_act(x, weight, *vectors, padding=1)
     taken = dispatch.last_choices()["depthwise_conv_bn_act"].backend
     statuses = _status.backend_status()
-    first = next(
-        s for s in statuses if (s.op, s.device) == ("depthwise_conv_bn_act", "cpu") and not s.reasons
-    )
+    first = next(s for s in statuses if (s.op, s.device) == ("depthwise_conv_bn_act", "cpu") and not s.reasons)
     assert first.backend == taken
     assert all(not s.reasons for s in statuses if s.backend == "torch")
 

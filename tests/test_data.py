@@ -128,15 +128,11 @@ def test_photo_of_any_mode_becomes_rgb(tmp_path, mode):
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    assert np.array_equal(
-        np.asarray(load_photo(tmp_path / "deep.png"))[..., 1], np.arange(256).reshape(16, 16)
-    )
+    assert np.array_equal(np.asarray(load_photo(tmp_path / "deep.png"))[..., 1], np.arange(256).reshape(16, 16))
 
 
 def test_what_is_no_photo_is_named(tmp_path):
-    text, cut, damaged, empty = (
-        tmp_path / name for name in ("notes.jpg", "cut.jpg", "damaged.png", "empty.png")
-    )
+    text, cut, damaged, empty = (tmp_path / name for name in ("notes.jpg", "cut.jpg", "damaged.png", "empty.png"))
     text.write_text("not a photo\n")
     random_photo(200, 150).save(cut)
     cut.write_bytes(cut.read_bytes()[:-400])
@@ -204,9 +200,7 @@ def test_remap_rejects_what_does_not_fit(packaged_state_dict, target):
         packaged_weights.remap(dict(packaged_state_dict, **{"_fc.bias": torch.zeros(10)}), target)
 
 
-@pytest.mark.parametrize(
-    "name", ["_blocks.16._bn0.weight", "_blocks.0._expand_conv.weight", "conv_stem.weight", "_fc"]
-)
+@pytest.mark.parametrize("name", ["_blocks.16._bn0.weight", "_blocks.0._expand_conv.weight", "conv_stem.weight", "_fc"])
 def test_rename_rejects(name):
     with pytest.raises(ValueError, match=name):
         packaged_weights.rename(name)

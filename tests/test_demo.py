@@ -52,9 +52,7 @@ def test_probabilities_of_real_photographs(photos, backend, exact_float32, monke
     monkeypatch.setenv("BBFAST_BACKEND", backend)
     device = "cuda" if backend == "triton" else "cpu"
     model = bbfast.create_model(packaged_weights.MODEL).eval().to(device)
-    packaged_weights.load_packaged_weights(
-        model, packaged_weights.packaged_weights_path(packaged_weights.MODEL)
-    )
+    packaged_weights.load_packaged_weights(model, packaged_weights.packaged_weights_path(packaged_weights.MODEL))
     transform = data.create_transform(**packaged_weights.DATA_CONFIG)
     batch = torch.stack([transform(photos[name]) for name in EXPECTED]).to(device)
     with torch.inference_mode():
@@ -114,9 +112,7 @@ def test_measurement_compares_fused_with_eager(photos, monkeypatch):
             seen.append(fused)
             return torch.tensor([[2.0, 0.0, 1.0 if fused else 1.5]])
 
-    classifier = demo.Classifier(
-        "three classes", "none", Model(), data.create_transform(32), torch.device("cpu")
-    )
+    classifier = demo.Classifier("three classes", "none", Model(), data.create_transform(32), torch.device("cpu"))
     measurement = demo.measure(classifier, "coffee", photos["coffee"], repeats=3)
     assert measurement.logit_difference == 0.5
     assert 0.05 < measurement.probability_difference < 0.2

@@ -13,8 +13,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 import bbfast
-from bbfast import data
+from bbfast import data, dispatch, extension
 from bbfast.data import packaged_weights
+
+# What running a model can raise that its user can mend: a wrong environment variable, BBFAST_STRICT=1
+# without a kernel, an extension built for another torch, a GPU that is full.
+RUN_ERRORS = (
+    ValueError,
+    dispatch.BackendUnavailableError,
+    extension.BrokenExtensionError,
+    torch.OutOfMemoryError,
+)
 
 
 class CommandError(Exception):
@@ -40,9 +49,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise CommandError(
-            "--device cuda: torch sees no NVIDIA GPU here (torch.cuda.is_available() is False)"
-        )
+        raise CommandError("--device cuda: torch sees no NVIDIA GPU here (torch.cuda.is_available() is False)")
     return torch.device(name)
 
 

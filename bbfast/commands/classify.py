@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bbfast import data, dispatch
+from bbfast import data
 from bbfast.commands._common import (
+    RUN_ERRORS,
     Classifier,
     Prediction,
     describe_device,
@@ -55,10 +56,7 @@ def run(args: Namespace) -> int:
 
 
 def classify(classifier: Classifier, photo: Image.Image, top: int) -> list[Prediction]:
-    with (
-        torch.inference_mode(),
-        one_line_errors(dispatch.BackendUnavailableError, ValueError, torch.OutOfMemoryError),
-    ):
+    with torch.inference_mode(), one_line_errors(*RUN_ERRORS):
         return classifier.top(classifier.model(classifier.as_input(photo)), top)
 
 

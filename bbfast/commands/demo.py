@@ -20,6 +20,7 @@ from rich.text import Text
 import bbfast
 from bbfast import dispatch
 from bbfast.commands._common import (
+    RUN_ERRORS,
     Classifier,
     CommandError,
     Prediction,
@@ -60,7 +61,7 @@ def run(args: Namespace) -> int:
     device = pick_device(args.device)
     classifier, photos = _prepare(device)
     measurements = []
-    with progress_bar() as progress, one_line_errors(ValueError, dispatch.BackendUnavailableError):
+    with progress_bar() as progress, one_line_errors(*RUN_ERRORS):
         for name in progress.track(photos, description="Classifying"):
             measurements.append(measure(classifier, name, photos[name], args.repeats))
         # The eager passes chose backends too, so ask once more what the fused model runs on.
@@ -79,9 +80,7 @@ def run(args: Namespace) -> int:
 def _prepare(device: torch.device) -> tuple[Classifier, dict[str, Image.Image]]:
     if packaged_weights.packaged_weights_path(packaged_weights.MODEL) is None:
         raise CommandError(f"the demo needs the package {packaged_weights.PACKAGE}; {INSTALL_HINT}")
-    with one_line_errors(
-        ModuleNotFoundError, prefix=f"the demo's photographs need a package; {INSTALL_HINT}: "
-    ):
+    with one_line_errors(ModuleNotFoundError, prefix=f"the demo's photographs need a package; {INSTALL_HINT}: "):
         photos = sample_photos()
     return make_classifier(packaged_weights.MODEL, None, device), photos
 
@@ -152,13 +151,9 @@ def _time_ms(classifier: Classifier, x: torch.Tensor) -> float:
 
 def _print_heading(console: Console, classifier: Classifier) -> None:
     console.print(
-        Text(
-            f"bbfast {bbfast.__version__}: {classifier.name} on {describe_device(classifier.device)}", "bold"
-        )
+        Text(f"bbfast {bbfast.__version__}: {classifier.name} on {describe_device(classifier.device)}", "bold")
     )
-    console.print(
-        f"Weights: {classifier.weights} (ImageNet). torch {torch.__version__}, float32, batch of 1."
-    )
+    console.print(f"Weights: {classifier.weights} (ImageNet). torch {torch.__version__}, float32, batch of 1.")
 
 
 def _print_predictions(console: Console, measurements: list[Measurement]) -> None:

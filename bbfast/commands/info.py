@@ -65,11 +65,7 @@ def _devices() -> list[tuple[str, str]]:
     cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
     rows = [("CPU", cpu)]
     if not torch.cuda.is_available():
-        why = (
-            "this torch is built without CUDA"
-            if torch.version.cuda is None
-            else "torch finds no device or driver"
-        )
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no device or driver"
         return [*rows, ("GPU", f"none: {why}")]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -86,10 +82,10 @@ def _devices() -> list[tuple[str, str]]:
 def _extension() -> list[tuple[str, str]]:
     try:
         module = extension.load()
-    except ImportError as error:
+    except extension.BrokenExtensionError as error:
         return [("state", f"broken: {error}")]
     if module is None:
-        return [("state", f"not available: {extension.unavailable_reason()}")]
+        return [("state", extension.unavailable_reason())]
     return [("state", "loaded"), *((name, _as_text(value)) for name, value in module.build_info().items())]
 
 
@@ -119,9 +115,7 @@ def _print_backends(console: Console) -> None:
         Text("Backends", "bold"),
         "asked with a small float32 tensor; an op takes the first that runs, torch being the reference\n",
     )
-    for (op, device), statuses in groupby(
-        _status.backend_status(), key=lambda status: (status.op, status.device)
-    ):
+    for (op, device), statuses in groupby(_status.backend_status(), key=lambda status: (status.op, status.device)):
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
         table.add_column(no_wrap=True, min_width=8)
         table.add_column(no_wrap=True)

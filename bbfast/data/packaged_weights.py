@@ -89,9 +89,7 @@ def load_packaged_weights(model: torch.nn.Module, path: Path) -> None:
     model.load_state_dict(remap(state_dict, model.state_dict()), strict=True)
 
 
-def remap(
-    state_dict: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def remap(state_dict: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`state_dict` under the names of `target`, checked to fit it name by name and shape by shape.
 
     Raises:
@@ -105,9 +103,7 @@ def remap(
         raise ValueError(f"the checkpoint does not fit: missing {missing[:5]}, unexpected {unexpected[:5]}")
     for name, value in renamed.items():
         if value.shape != target[name].shape:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}, the model needs {tuple(target[name].shape)}"
-            )
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, the model needs {tuple(target[name].shape)}")
     return renamed
 
 

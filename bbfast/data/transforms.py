@@ -51,9 +51,7 @@ def create_transform(
     if is_training:
         raise ValueError("is_training=True is not provided; use torchvision.transforms to augment")
     if interpolation not in INTERPOLATIONS:
-        raise ValueError(
-            f"interpolation={interpolation!r} is not known; allowed: {', '.join(INTERPOLATIONS)}"
-        )
+        raise ValueError(f"interpolation={interpolation!r} is not known; allowed: {', '.join(INTERPOLATIONS)}")
     crop_mode = crop_mode or "center"
     if crop_mode not in CROP_MODES:
         raise ValueError(f"crop_mode={crop_mode!r} is not known; allowed: {', '.join(CROP_MODES)}")
@@ -82,8 +80,7 @@ def _height_width(input_size) -> tuple[int, int]:
     sizes = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
     if len(sizes) not in (2, 3) or not all(isinstance(length, int) and length > 0 for length in sizes):
         raise ValueError(
-            "input_size must be an int, (height, width) or (channels, height, width) in pixels, "
-            f"got {input_size!r}"
+            f"input_size must be an int, (height, width) or (channels, height, width) in pixels, got {input_size!r}"
         )
     return sizes[-2:]
 
@@ -105,9 +102,7 @@ class ResizeKeepRatio:
 
     def __repr__(self) -> str:
         edge = "longest" if self.by_longest_edge else "shortest"
-        return (
-            f"{type(self).__name__}(size={self.size}, interpolation={self.interpolation.value}, edge={edge})"
-        )
+        return f"{type(self).__name__}(size={self.size}, interpolation={self.interpolation.value}, edge={edge})"
 
 
 class CenterCropOrPad:

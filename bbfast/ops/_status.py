@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from bbfast import dispatch, extension
+
 
 @dataclass(frozen=True)
 class BackendStatus:
@@ -29,11 +31,16 @@ def backend_status() -> list[BackendStatus]:
             for ladder, args in examples(device).items():
                 op = f"{name}_backward" if "BACKWARD" in ladder else name
                 for kernel in getattr(module, ladder):
-                    found.append(
-                        BackendStatus(op, device, kernel.name, tuple(kernel.unsupported_reasons(*args)))
-                    )
+                    found.append(BackendStatus(op, device, kernel.name, _reasons(kernel, args)))
                 found.append(BackendStatus(op, device, "torch", ()))
     return found
+
+
+def _reasons(kernel: dispatch.Backend, args: tuple) -> tuple[str, ...]:
+    try:
+        return tuple(kernel.unsupported_reasons(*args))
+    except extension.BrokenExtensionError as error:  # stops whoever runs the op, but here it is the answer
+        return (str(error),)
 
 
 def _image(device: str) -> torch.Tensor:
@@ -61,7 +68,7 @@ def _conv_bn_act(device: str) -> dict[str, tuple]:
     geometry = ((1, 1), (0, 0, 0, 0), (1, 1), 1)
     needs_grad = False
     return {
-        "_KERNELS": (
+        "_FORWARD_KERNELS": (
             *(x, weight, None, *_batch_norm(device), None),
             *(*geometry, 1e-5, "relu", False, needs_grad),
         )
