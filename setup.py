@@ -1,7 +1,7 @@
 """Builds bbfast: Python packages, the Triton kernels as bbfast.triton_kernels, and the extension bbfast._C.
 
-The extension takes every csrc/*.cpp and, with CUDA, every csrc/*.cu and csrc/*_cuda.cpp: a new file needs no change
-here. Environment: BBFAST_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS (README.md says what they do).
+The extension takes every csrc/*.cpp and, with CUDA, every csrc/*.cu and csrc/*_cuda.cpp: a new file needs no
+change here. BBFAST_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, CUDA_HOME and MAX_JOBS steer the build (see README.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from setuptools import find_packages, setup
 
 
 def find_toolkit() -> str | None:
-    """The folder of the CUDA toolkit: CUDA_HOME, or the one that nvcc on PATH belongs to, be it a link or a wrapper."""
+    """The CUDA toolkit: CUDA_HOME, or the one that nvcc on PATH belongs to, be it a link or a wrapper."""
     if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return home
     if shutil.which("nvcc") is not None:
@@ -38,7 +38,7 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 ROOT = Path(__file__).parent.resolve()
 CONFIG_DIR = ROOT / "build" / "config"
 DEFAULT_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
-# Headers that torch's own CUDA headers include; a trimmed toolkit may lack them where torch's wheels bring them.
+# torch's own CUDA headers include these; where a trimmed toolkit lacks them, torch's wheels may bring them.
 HEADERS_TORCH_NEEDS = ("cublas_v2.h", "cusparse.h", "cusolverDn.h")
 
 
@@ -51,7 +51,7 @@ class BuildError(SystemExit):
 
 @dataclass(frozen=True)
 class Cuda:
-    """Whether the CUDA half is built, why (not), and for which architectures (as TORCH_CUDA_ARCH_LIST has them)."""
+    """Whether the CUDA half is built, why (not), and for which architectures."""
 
     build: bool
     reason: str
@@ -86,7 +86,7 @@ def cuda_obstacle() -> str | None:
         return f"CUDA_HOME={CUDA_HOME} has no bin/nvcc"
     if nvcc_version().split(".")[0] != torch.version.cuda.split(".")[0]:
         return (
-            f"nvcc in {CUDA_HOME} is version {nvcc_version()} but torch {torch.__version__} is built with CUDA "
+            f"nvcc in {CUDA_HOME} is version {nvcc_version()} but torch {torch.__version__} has CUDA "
             f"{torch.version.cuda}; the major versions must agree (set CUDA_HOME to a matching toolkit)"
         )
     return None
@@ -105,7 +105,7 @@ def nvcc_version() -> str:
 
 
 def choose_archs() -> tuple[str, ...]:
-    """TORCH_CUDA_ARCH_LIST as it stands, or the default list as far as this nvcc goes, with PTX for what comes after."""
+    """TORCH_CUDA_ARCH_LIST, or the default list as far as this nvcc goes, with PTX for what comes after."""
     given = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if given:
         return tuple(given.replace(";", " ").split())
@@ -125,9 +125,8 @@ class BuildExt(BuildExtension):
     def run(self) -> None:
         half = f"with CUDA for {' '.join(CUDA.archs)}" if CUDA.build else "for the CPU only"
         print(f"bbfast: building bbfast._C {half} ({CUDA.reason})", file=sys.stderr)
-        os.environ.setdefault(
-            "MAX_JOBS", str(os.cpu_count() or 1)
-        )  # ninja would start more compilers than cores
+        # By itself ninja starts two more compilers than there are cores.
+        os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
         if CUDA.build:
             os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(CUDA.archs)
         write_build_config()

@@ -1,7 +1,7 @@
 """The compiled extension `bbfast._C`: loaded when first asked for, and never silently left out.
 
-Absent is fine (a source tree that was not built): `load` returns None and ops say why they fall back. Present but
-not loadable (built for another torch or Python, a damaged file) is an error wherever it is asked for.
+Absent is fine (a source tree that was not built): `load` returns None and ops say why they fall back. Present
+but not loadable (built for another torch or Python, a damaged file) is an error wherever it is asked for.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from types import ModuleType
 import torch
 
 _NAME = "bbfast._C"
-_REBUILD = (
-    "rebuild it: `pip install --no-build-isolation -e .` in bbfast's source folder, or reinstall bbfast"
-)
+_REBUILD = "rebuild it with `pip install --no-build-isolation -e .` in bbfast's source folder"
 
 
 class BrokenExtensionError(ImportError):
@@ -63,5 +61,5 @@ def _check_torch(built_with: str) -> None:
     """C++ tensors keep their layout within a minor version of torch, not across them."""
     if built_with.split(".")[:2] != torch.__version__.split(".")[:2]:
         raise BrokenExtensionError(
-            f"{_NAME} was built with torch {built_with} but torch {torch.__version__} is installed; {_REBUILD}"
+            f"{_NAME} was built with torch {built_with}, installed is torch {torch.__version__}; {_REBUILD}"
         )

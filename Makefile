@@ -1,0 +1,56 @@
+# The two commands to know: `make demo` and `make test`. Both make .venv on first use and reuse it afterwards.
+#
+#   PYTHON=python3.12 make test     another interpreter for .venv
+#   BBFAST_CUDA=0 make demo         without the CUDA half, even where nvcc is (see README.md)
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt
+# What the extension and the metadata are made of: a change to one of them installs anew.
+BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+
+.PHONY: demo test lint bench kernels gpu gpu-quick clean
+
+demo: $(VENV)/.demo-installed
+	$(VENV)/bin/bbfast demo
+
+test: $(VENV)/.dev-installed
+	$(RUN) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev-installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/.dev-installed
+	$(RUN) benchmarks/bench_mobilenetv3.py
+
+# Compiles kernels for GPUs that need not be here, which Triton's interpreter would prevent.
+kernels: $(VENV)/.dev-installed
+	env -u TRITON_INTERPRET $(RUN) -m benchmarks.kernels
+
+# For a machine that has a GPU, torch and pytest, and perhaps no network: builds into build/gpu with the system's
+# Python, installs nothing, tests and measures, and leaves its results under benchmarks/results.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
+
+gpu-quick:
+	$(PYTHON) benchmarks/gpu.py --quick
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks bbfast/_C.*.so
+	find bbfast triton_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first: building against the installed one, without isolation, saves downloading it a second time.
+$(VENV)/.build-tools: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch torchvision setuptools wheel ninja pybind11
+	touch $@
+
+$(VENV)/.demo-installed: $(VENV)/.build-tools $(BUILT_FROM)
+	$(PIP) --no-build-isolation --editable '.[demo]'
+	touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.build-tools $(BUILT_FROM)
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	touch $@
