@@ -61,7 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     classify.set_defaults(command=_command("classify"))
 
     demo = commands.add_parser("demo", help="classify real photographs, fused against eager")
-    demo.add_argument("--repeats", type=_positive, default=15, metavar="N", help="timed repeats, default 15")
+    demo.add_argument(
+        "--repeats",
+        type=_positive,
+        default=15,
+        metavar="N",
+        help="timed repeats per photo, fewer on a slow machine; default 15",
+    )
     _add_device(demo)
     demo.set_defaults(command=_command("demo"))
     return parser

