@@ -1,5 +1,6 @@
 """The command line as a user types it: what it prints, where, and its exit codes."""
 
+import importlib
 import json
 import pkgutil
 import subprocess
@@ -16,6 +17,9 @@ from bbfast import dispatch
 from bbfast.cli import main
 from bbfast.extension import BrokenExtensionError
 from bbfast.ops import _status
+from bbfast.ops.batch_norm_act import batch_norm_act
+from bbfast.ops.conv_bn_act import conv_bn_act
+from bbfast.ops.depthwise_conv_bn_act import depthwise_conv_bn_act
 
 SMALL_MODEL = "mobilenetv3_small_050"
 
@@ -56,6 +60,11 @@ def error_line(capsys) -> str:
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1, captured.err
     return captured.err.strip()
+
+
+def op_module(name):
+    """The file of an op; `bbfast.ops.<name>` is the function in it."""
+    return importlib.import_module(f"bbfast.ops.{name}")
 
 
 # ---- info ------------------------------------------------------------------------------------------------
@@ -126,7 +135,7 @@ def test_status_survives_a_broken_extension(monkeypatch):
         raise BrokenExtensionError("built for another torch")
 
     ladder = (dispatch.Backend("cpp", reasons, print),)
-    monkeypatch.setattr("bbfast.ops.depthwise_conv_bn_act._FORWARD_KERNELS", ladder)
+    monkeypatch.setattr(op_module("depthwise_conv_bn_act"), "_FORWARD_KERNELS", ladder)
     found = [s for s in _status.backend_status() if s.backend == "cpp" and s.op == "depthwise_conv_bn_act"]
     assert found[0].reasons == ("built for another torch",)
 
@@ -137,8 +146,7 @@ def test_status_asks_every_ladder_of_every_op():
     for module_info in pkgutil.iter_modules(bbfast.ops.__path__):
         if module_info.name.startswith("_"):
             continue
-        module = __import__(f"bbfast.ops.{module_info.name}", fromlist=["_"])
-        for name, value in vars(module).items():
+        for name, value in vars(op_module(module_info.name)).items():
             if isinstance(value, tuple) and value and isinstance(value[0], dispatch.Backend):
                 ladders.add((module_info.name, name))
     for op, examples in _status.EXAMPLES.items():
@@ -146,17 +154,49 @@ def test_status_asks_every_ladder_of_every_op():
     assert asked == ladders
 
 
-def test_status_agrees_with_what_the_op_takes(monkeypatch):
-    """The example's arguments stand in the order that the op itself passes them."""
+def _call_every_op(device):
+    """The public functions on what the examples of the status hold, forward and backward."""
+    x = torch.randn(1, 8, 5, 5, device=device, requires_grad=True)
+    depthwise, pointwise = torch.randn(8, 1, 3, 3, device=device), torch.randn(8, 8, 1, 1, device=device)
+    batch_norm = [torch.rand(8, device=device) for _ in range(4)]
+    depthwise_conv_bn_act(x, depthwise.requires_grad_(), *batch_norm, padding=1).sum().backward()
+    batch_norm_act(x, *batch_norm).sum().backward()
+    with torch.no_grad():
+        conv_bn_act(x, pointwise, *batch_norm)
+        depthwise_conv_bn_act(x, depthwise, *batch_norm, padding=1)
+
+
+def test_status_asks_with_the_arguments_that_the_ops_pass(monkeypatch):
+    passed = {}
+
+    def select(op, kernels, reference, *args):
+        passed[op] = args
+        return reference
+
+    monkeypatch.setattr(dispatch, "select", select)
+    _call_every_op("cpu")
+    asked = {}
+    for op, examples in _status.EXAMPLES.items():
+        for ladder, args in examples("cpu").items():
+            asked[f"{op}_backward" if "BACKWARD" in ladder else op] = args
+    assert set(asked) == set(passed)
+    for op, args in asked.items():
+        assert [_kind(arg) for arg in args] == [_kind(arg) for arg in passed[op]], op
+
+
+def _kind(argument):
+    if isinstance(argument, torch.Tensor):
+        return tuple(argument.shape)
+    return [type(item) for item in argument] if isinstance(argument, (tuple, list)) else type(argument)
+
+
+def test_status_names_the_backend_that_runs(monkeypatch, device):
     monkeypatch.setenv("BBFAST_BACKEND", "auto")
-    x, weight = torch.randn(1, 8, 5, 5), torch.randn(8, 1, 3, 3)
-    vectors = [torch.rand(8) for _ in range(4)]
-    bbfast.ops.depthwise_conv_bn_act(x, weight, *vectors, padding=1)
-    taken = dispatch.last_choices()["depthwise_conv_bn_act"].backend
-    statuses = _status.backend_status()
-    first = next(s for s in statuses if (s.op, s.device) == ("depthwise_conv_bn_act", "cpu") and not s.reasons)
-    assert first.backend == taken
+    _call_every_op(device)
+    statuses = [s for s in _status.backend_status() if s.device == device]
     assert all(not s.reasons for s in statuses if s.backend == "torch")
+    for op, choice in dispatch.last_choices().items():
+        assert choice.backend == next(s.backend for s in statuses if s.op == op and not s.reasons), op
 
 
 # ---- list ------------------------------------------------------------------------------------------------

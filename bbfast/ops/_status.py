@@ -59,7 +59,7 @@ def _depthwise_conv_bn_act(device: str) -> dict[str, tuple]:
     geometry = ((1, 1), (1, 1, 1, 1), (1, 1))
     return {
         "_FORWARD_KERNELS": (*tensors, mean, var, *geometry, False, 0.1, 1e-5, "relu", False),
-        "_BACKWARD_KERNELS": (x, None, *tensors, None, None, mean, var, *geometry, False, 1e-5, "relu"),
+        "_BACKWARD_KERNELS": (x, None, *tensors, None, None, mean, var, *geometry, False, 1e-5, "relu", True, True),
     }
 
 
@@ -75,8 +75,19 @@ def _conv_bn_act(device: str) -> dict[str, tuple]:
     }
 
 
+def _batch_norm_act(device: str) -> dict[str, tuple]:
+    x, residual = _image(device), None
+    weight, bias, mean, var = _batch_norm(device)
+    tensors = (x, weight, bias, residual)
+    return {
+        "_FORWARD_KERNELS": (*tensors, mean, var, False, 0.1, 1e-5, "relu"),
+        "_BACKWARD_KERNELS": (x, *tensors, None, None, mean, var, False, 1e-5, "relu"),
+    }
+
+
 # Per op file: the arguments that each of its ladders is asked with, on a device.
 EXAMPLES: dict[str, Callable[[str], dict[str, tuple]]] = {
     "depthwise_conv_bn_act": _depthwise_conv_bn_act,
     "conv_bn_act": _conv_bn_act,
+    "batch_norm_act": _batch_norm_act,
 }
