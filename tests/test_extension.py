@@ -1,0 +1,224 @@
+"""The extension bbfast._C: its CPU kernel against float64, its argument checks, and its CUDA sources."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_within_rule
+
+from bbfast import extension
+from bbfast.reference.activation import ACTIVATIONS, activation
+
+CSRC = Path(__file__).parent.parent / "csrc"
+
+
+@pytest.fixture(scope="module")
+def module():
+    loaded = extension.load()
+    if loaded is None:
+        pytest.skip(extension.unavailable_reason())
+    return loaded
+
+
+# ---- depthwise_conv_bn_act -------------------------------------------------------------------------------
+
+
+def make_parameters(channels: int, kernel: tuple[int, int]):
+    return torch.randn(channels, 1, *kernel), torch.randn(channels), torch.randn(channels)
+
+
+def reference(x, weight, scale, shift, stride, padding, dilation, act):
+    top, bottom, left, right = padding
+    y = F.conv2d(F.pad(x, (left, right, top, bottom)), weight, None, stride, 0, dilation, x.shape[1])
+    y = activation(y * scale[:, None, None] + shift[:, None, None], act)
+    return y, y.mean((2, 3))
+
+
+def check(module, x, parameters, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), act="relu"):
+    """Compares y and the squeeze means with float64, by the tolerance rule."""
+    geometry = (stride, padding, dilation, act)
+    y, squeezed = module.depthwise_conv_bn_act(x, *parameters, *geometry, True)
+    exact = reference(*(t.double() for t in (x, *parameters)), *geometry)
+    torch_same_dtype = reference(x, *parameters, *geometry)
+    assert_within_rule("y", y, exact[0], torch_same_dtype[0])
+    assert_within_rule("squeezed", squeezed, exact[1], torch_same_dtype[1])
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert not y.requires_grad
+    without, nothing = module.depthwise_conv_bn_act(x, *parameters, *geometry, False)
+    assert torch.equal(without, y)
+    assert nothing.numel() == 0
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("channels", [1, 3, 8, 17, 64])
+def test_every_act_and_channel_tail(module, act, channels):
+    x = torch.randn(2, channels, 9, 13).to(memory_format=torch.channels_last)
+    check(module, x, make_parameters(channels, (3, 3)), padding=(1, 1, 1, 1), act=act)
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 5), (7, 7), (9, 9), (3, 5), (2, 4)])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 3)])
+def test_every_geometry(module, kernel, stride, dilation):
+    padding = tuple(random.randint(0, 6) for _ in range(4))
+    spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation)]
+    height = max(random.randint(1, 17), spans[0] - sum(padding[:2]))
+    width = max(random.randint(1, 17), spans[1] - sum(padding[2:]))
+    x = torch.randn(2, 24, height, width).to(memory_format=torch.channels_last)
+    check(module, x, make_parameters(24, kernel), stride, padding, dilation, "hardswish")
+
+
+@pytest.mark.parametrize("batch", [1, 3, 70])
+@pytest.mark.parametrize("width", range(1, 14))
+def test_every_tile_width(module, batch, width):
+    x = torch.randn(batch, 16, 5, width).to(memory_format=torch.channels_last)
+    check(module, x, make_parameters(16, (3, 3)), padding=(1, 1, 1, 1), act="silu")
+
+
+def test_several_chunks_of_channels(module):
+    x = torch.randn(1, 1000, 6, 7).to(memory_format=torch.channels_last)
+    check(module, x, make_parameters(1000, (5, 5)), padding=(2, 2, 2, 2), act="gelu")
+
+
+def test_sliced_input_and_strided_parameters(module):
+    x = torch.randn(3, 40, 15, 12).to(memory_format=torch.channels_last)[1:, 3:38, 1::2, 2:-1]
+    weight, scale, shift = make_parameters(35, (3, 3))
+    strided = (
+        weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1),  # stored as the kernel reads it
+        torch.stack([scale, scale], 1)[:, 0],
+        shift.flip(0).contiguous().flip(0).expand(35),
+    )
+    check(module, x, strided, stride=(2, 1), padding=(0, 1, 2, 1))
+
+
+def test_one_channel_of_an_nchw_map(module):
+    check(module, torch.randn(2, 3, 9, 9)[:, 1:2], make_parameters(1, (3, 3)), padding=(1, 1, 1, 1))
+
+
+def test_large_values_of_exponential_activations(module):
+    x = torch.cat([torch.linspace(-12, 12, 5000), torch.tensor([-1e4, -200.0, -88.5, 88.5, 200.0, 1e4])])
+    x = x.reshape(1, 1, 1, -1).expand(1, 8, 1, -1).contiguous(memory_format=torch.channels_last)
+    ones, zeros = torch.ones(8), torch.zeros(8)
+    for act in ("silu", "gelu"):
+        y, _ = module.depthwise_conv_bn_act(x, ones.view(8, 1, 1, 1), ones, zeros, (1, 1), (0,) * 4, (1, 1), act, False)
+        assert_within_rule(act, y[..., :5000], activation(x.double(), act)[..., :5000], activation(x, act)[..., :5000])
+        torch.testing.assert_close(y[..., 5000:], activation(x, act)[..., 5000:])
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_nan_passes_through(module, act):
+    x = torch.randn(1, 11, 4, 4).to(memory_format=torch.channels_last)
+    x[:, :, 2, 2] = float("nan")
+    ones = torch.ones(11)
+    y, squeezed = module.depthwise_conv_bn_act(
+        x, ones.view(11, 1, 1, 1), ones, ones, (1, 1), (0,) * 4, (1, 1), act, True
+    )
+    assert torch.equal(y.isnan(), x.isnan())
+    assert squeezed.isnan().all()
+
+
+def test_empty_batch(module):
+    x = torch.randn(0, 8, 6, 6).to(memory_format=torch.channels_last)
+    y, squeezed = module.depthwise_conv_bn_act(
+        x, *make_parameters(8, (3, 3)), (2, 2), (1, 1, 1, 1), (1, 1), "relu", True
+    )
+    assert y.shape == (0, 8, 3, 3)
+    assert squeezed.shape == (0, 8)
+
+
+def test_result_does_not_depend_on_threads(module):
+    x = torch.randn(2, 48, 33, 29).to(memory_format=torch.channels_last)
+    parameters = make_parameters(48, (5, 5))
+    before = torch.get_num_threads()
+    outputs = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outputs.append(module.depthwise_conv_bn_act(x, *parameters, (1, 1), (2, 2, 2, 2), (1, 1), "silu", True))
+    finally:
+        torch.set_num_threads(before)
+    for y, squeezed in outputs[1:]:
+        assert torch.equal(y, outputs[0][0])
+        assert torch.equal(squeezed, outputs[0][1])
+
+
+BAD_ARGUMENTS = {
+    "x must have 4 dimensions": {"x": torch.zeros(8, 6, 6)},
+    "x must be float32": {"x": torch.zeros(1, 8, 6, 6, dtype=torch.float64)},
+    "x must be channels_last": {"x": torch.zeros(1, 8, 6, 6)},
+    "x must be on the CPU": {"x": torch.zeros(1, 8, 6, 6, device="meta")},
+    "x has no channels": {"x": torch.zeros(1, 0, 6, 6)},
+    "weight must have shape": {"weight": torch.zeros(16, 1, 3, 3)},
+    "weight must be float32": {"weight": torch.zeros(8, 1, 3, 3, dtype=torch.int32)},
+    "weight spans 9 pixels along H": {"weight": torch.zeros(8, 1, 9, 3)},
+    "scale must have shape": {"scale": torch.zeros(1)},
+    "shift must be float32": {"shift": torch.zeros(8, dtype=torch.float16)},
+    "stride holds 0": {"stride": (1, 0)},
+    "padding holds -1": {"padding": (0, 0, -1, 0)},
+    "dilation holds 0": {"dilation": (0, 1)},
+    "act='tanh' is not known": {"act": "tanh"},
+}
+
+
+@pytest.mark.parametrize("message", BAD_ARGUMENTS)
+def test_bad_arguments_are_named(module, message):
+    arguments = {
+        "x": torch.zeros(1, 8, 6, 6).to(memory_format=torch.channels_last),
+        "weight": torch.zeros(8, 1, 3, 3),
+        "scale": torch.zeros(8),
+        "shift": torch.zeros(8),
+        "stride": (1, 1),
+        "padding": (0, 0, 0, 0),
+        "dilation": (1, 1),
+        "act": "relu",
+        "squeeze": False,
+    }
+    with pytest.raises(ValueError, match=message):
+        module.depthwise_conv_bn_act(**{**arguments, **BAD_ARGUMENTS[message]})
+
+
+# ---- what the build was made of --------------------------------------------------------------------------
+
+
+def test_build_info(module):
+    info = module.build_info()
+    assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert info["openmp"] is True
+    assert info["cpu_instruction_set"] in ("avx512", "avx2", "baseline")
+    assert info["cuda_reason"]
+    assert info["cuda"] == bool(info["cuda_archs"]) == (info["cuda_version"] is not None)
+
+
+def test_device_info_tells_devices_or_a_reason(module):
+    devices, reason = module.device_info()
+    if module.build_info()["cuda"] and torch.cuda.is_available():
+        assert reason is None
+        assert [device["name"] for device in devices] == [
+            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+        ]
+        for index, device in enumerate(devices):
+            assert device["compute_capability"] == torch.cuda.get_device_capability(index)
+            assert device["multiprocessors"] > 0
+            assert device["l2_bytes"] > 0
+            assert device["shared_memory_per_block_bytes"] >= 48 * 1024
+    else:
+        assert devices == []
+        assert isinstance(reason, str)
+        assert reason
+
+
+@pytest.mark.parametrize("source", sorted(path.name for path in CSRC.glob("*.cu")))
+def test_cuda_sources_compile(source, tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90, 100)]
+    command = ["nvcc", "-std=c++17", "-O3", "-Werror=all-warnings", *archs, "--threads=2", "-c", str(CSRC / source)]
+    result = subprocess.run([*command, "-o", str(tmp_path / "out.o")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out.o").stat().st_size > 0
