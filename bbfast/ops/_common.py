@@ -64,7 +64,16 @@ def check_act(act) -> None:
 
 
 def check_batch_norm(
-    channels: int, like: torch.Tensor, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps, names
+    channels: int,
+    like: torch.Tensor,
+    bn_weight,
+    bn_bias,
+    running_mean,
+    running_var,
+    training,
+    momentum,
+    eps,
+    names,
 ) -> None:
     """Checks the BatchNorm arguments that several ops take; `names` are what the op calls weight and bias."""
     for name, value in ((names[0], bn_weight), (names[1], bn_bias)):

@@ -123,16 +123,42 @@ def _run_forward(x, *args):
 
 def _eval_impl(x, weight, bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, eps, act, squeeze):
     y, squeezed, _, _ = _run_forward(
-        x, weight, bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, False, 0.0, eps, act, squeeze
+        x,
+        weight,
+        bias,
+        bn_weight,
+        bn_bias,
+        mean,
+        var,
+        stride,
+        padding,
+        dilation,
+        False,
+        0.0,
+        eps,
+        act,
+        squeeze,
     )
     return y, x.new_empty(0) if squeezed is None else squeezed
 
 
-def _train_impl(
-    x, weight, bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, momentum, eps, act, squeeze
-):
+def _train_impl(x, weight, bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, momentum, eps, act, squeeze):
     y, squeezed, batch_mean, invstd = _run_forward(
-        x, weight, bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, True, momentum, eps, act, squeeze
+        x,
+        weight,
+        bias,
+        bn_weight,
+        bn_bias,
+        mean,
+        var,
+        stride,
+        padding,
+        dilation,
+        True,
+        momentum,
+        eps,
+        act,
+        squeeze,
     )
     return y, x.new_empty(0) if squeezed is None else squeezed, batch_mean, invstd
 
@@ -162,9 +188,7 @@ def _eval_fake(x, weight, bias, bn_weight, bn_bias, mean, var, stride, padding, 
     return _forward_fake(x, weight, stride, padding, dilation, squeeze)
 
 
-def _train_fake(
-    x, weight, bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, momentum, eps, act, squeeze
-):
+def _train_fake(x, weight, bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, momentum, eps, act, squeeze):
     statistics = [x.new_empty(weight.shape[0], dtype=_common.statistics_dtype(x)) for _ in range(2)]
     return *_forward_fake(x, weight, stride, padding, dilation, squeeze), *statistics
 
