@@ -1,0 +1,351 @@
+"""Tiles of `channels x positions` over [N, C, H, W] tensors in any memory format.
+
+A tile belongs to one sample. Channels run along its columns in NHWC and along its rows in NCHW, so the columns
+are always what lies side by side in memory. Nothing is copied: each tensor brings its own strides.
+
+Triton vectorises a load only where it can prove alignment, and all it knows of an integer argument is whether
+16 divides it. Sizes and strides are therefore passed in units of `vec`, the largest of 1, 2, 4, 8 that divides
+the inner size and all outer strides, and multiplied back in the kernel: 24 channels or 196 pixels still load in
+vectors. Tiles start at 64-bit offsets; within a tile offsets take 32 bits where they can (half the registers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import layout
+
+
+class Walk(NamedTuple):
+    """The compile-time half of a geometry, handed to kernels as one constant.
+
+    Attributes:
+        channels_last: whether channels run along the columns of a tile.
+        collapsed: whether one stride leads from position to position.
+        wide: whether offsets within a tile, or positions, need 64 bits.
+        vec: unit of the inner size and the outer strides, in elements.
+        block_c, block_p: channels and positions of a tile.
+    """
+
+    channels_last: bool
+    collapsed: bool
+    wide: bool
+    vec: int
+    block_c: int
+    block_p: int
+
+
+# ---- pieces of kernels -----------------------------------------------------------------------------------
+# `sizes` is (sample_tiles, channels, positions, width) and `strides` (n, c, h, w), as Geometry hands them out.
+
+
+@triton.jit
+def block_channels(WALK: tl.constexpr):
+    """The channels [block_c] of this program: axis 0 of the grid runs over channel blocks."""
+    return tl.program_id(0).to(tl.int64) * WALK.block_c + tl.arange(0, WALK.block_c)
+
+
+@triton.jit
+def num_channels(sizes, WALK: tl.constexpr):
+    if WALK.channels_last:
+        return sizes[1] * WALK.vec
+    else:
+        return sizes[1]
+
+
+@triton.jit
+def num_positions(sizes, WALK: tl.constexpr):
+    if WALK.channels_last:
+        return sizes[2]
+    else:
+        return sizes[2] * WALK.vec
+
+
+@triton.jit
+def tile_place(tile, sizes, WALK: tl.constexpr):
+    """Where tile number `tile` of this program's channel block lies: sample, first position, and its mask."""
+    sample = (tile // sizes[0]).to(tl.int64)
+    if WALK.wide:
+        first = (tile % sizes[0]).to(tl.int64) * WALK.block_p
+    else:
+        first = (tile % sizes[0]) * WALK.block_p
+    position_ok = first + tl.arange(0, WALK.block_p) < num_positions(sizes, WALK)
+    channel_ok = block_channels(WALK) < num_channels(sizes, WALK)
+    if WALK.channels_last:
+        mask = position_ok[:, None] & channel_ok[None, :]
+    else:
+        mask = channel_ok[:, None] & position_ok[None, :]
+    return sample, first, mask
+
+
+@triton.jit
+def tile_pointers(ptr, place, sizes, strides, WALK: tl.constexpr):
+    """Pointers to a tile of one tensor."""
+    sample, first, _ = place
+    lane_c = tl.arange(0, WALK.block_c)
+    lane_p = tl.arange(0, WALK.block_p)
+    if WALK.wide:
+        lane_c = lane_c.to(tl.int64)
+        lane_p = lane_p.to(tl.int64)
+    UNIT_C: tl.constexpr = 1 if WALK.channels_last else WALK.vec
+    UNIT_P: tl.constexpr = WALK.vec if WALK.channels_last else 1
+
+    start = tl.program_id(0).to(tl.int64) * WALK.block_c * strides[1] * UNIT_C + sample * strides[0] * WALK.vec
+    across = lane_c * strides[1] * UNIT_C
+    if WALK.collapsed:
+        start += first.to(tl.int64) * strides[3] * UNIT_P
+        along = lane_p * strides[3] * UNIT_P
+    else:
+        width = sizes[3] if WALK.channels_last else sizes[3] * WALK.vec
+        position = first + lane_p
+        along = (position // width) * strides[2] * WALK.vec + (position % width) * strides[3] * UNIT_P
+    if WALK.channels_last:
+        return ptr + start + (along[:, None] + across[None, :])
+    else:
+        return ptr + start + (across[:, None] + along[None, :])
+
+
+@triton.jit
+def load_tile(ptr, place, sizes, strides, WALK: tl.constexpr):
+    """The values of a tile as fp32, 0 outside the tensor."""
+    pointers = tile_pointers(ptr, place, sizes, strides, WALK)
+    return tl.load(pointers, mask=place[2], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(ptr, value, place, sizes, strides, WALK: tl.constexpr):
+    pointers = tile_pointers(ptr, place, sizes, strides, WALK)
+    tl.store(pointers, value.to(ptr.dtype.element_ty), mask=place[2])
+
+
+@triton.jit
+def zero_tile(WALK: tl.constexpr):
+    """An fp32 accumulator in the shape of a tile."""
+    if WALK.channels_last:
+        return tl.zeros((WALK.block_p, WALK.block_c), tl.float32)
+    else:
+        return tl.zeros((WALK.block_c, WALK.block_p), tl.float32)
+
+
+@triton.jit
+def load_per_channel(ptr, default, sizes, WALK: tl.constexpr):
+    """[block_c] fp32 values of a [C] vector, `default` where there is no vector."""
+    channel = block_channels(WALK)
+    if ptr is not None:
+        values = tl.load(ptr + channel, mask=channel < num_channels(sizes, WALK), other=0.0).to(tl.float32)
+    else:
+        values = tl.full((WALK.block_c,), default, tl.float32)
+    return values
+
+
+@triton.jit
+def store_per_channel(ptr, row, values, sizes, WALK: tl.constexpr):
+    """Writes [block_c] values into row `row` of [rows, C] partials."""
+    channel = block_channels(WALK)
+    channels = num_channels(sizes, WALK)
+    tl.store(ptr + row.to(tl.int64) * channels + channel, values, mask=channel < channels)
+
+
+@triton.jit
+def over_tile(per_channel, WALK: tl.constexpr):
+    """[block_c] values in the shape that broadcasts over a tile."""
+    if WALK.channels_last:
+        return per_channel[None, :]
+    else:
+        return per_channel[:, None]
+
+
+@triton.jit
+def sum_per_channel(tile, WALK: tl.constexpr):
+    """Sums a tile over its positions into [block_c]."""
+    if WALK.channels_last:
+        return tl.sum(tile, axis=0)
+    else:
+        return tl.sum(tile, axis=1)
+
+
+# ---- launches --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """A tile of `block_c` channels by `block_p` positions."""
+
+    block_c: int
+    block_p: int
+
+
+def tile_config(channels: int, positions: int, channels_last: bool, vec: int) -> TileConfig:
+    """The tile whose columns cover the inner size with least waste: up to 64 channels or 1024 pixels.
+
+    Elements that must be loaded one by one, each by its own pointer, need many registers: they get half a tile.
+    """
+    elements = 2048 if vec >= 4 else 1024
+    if channels_last:
+        block_c = next((c for c in (8, 16, 32) if c >= channels), 64)
+        return TileConfig(block_c, elements // block_c)
+    if channels == 1:
+        return TileConfig(1, elements)
+    block_p = next((p for p in (16, 64, 256) if p >= positions), 1024)
+    return TileConfig(elements // block_p, block_p)
+
+
+SIZE_ARGUMENTS = ("sample_tiles", "channels", "positions", "width")
+
+# Offsets within a tile that reach this far take 64 bits.
+WIDE_FROM = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a set of equally shaped [N, C, H, W] tensors is walked.
+
+    Attributes:
+        samples, channels, positions, width: sizes, after rows (and, where allowed, samples) are merged.
+        strides: (n, c, h, w) of each tensor, in elements.
+        channels_last: whether channels are the inner size.
+        collapsed: whether every tensor steps from position to position with one stride.
+        vec: what divides the inner size and all outer strides (1, 2, 4 or 8).
+    """
+
+    samples: int
+    channels: int
+    positions: int
+    width: int
+    strides: tuple[tuple[int, int, int, int], ...]
+    channels_last: bool
+    collapsed: bool
+    vec: int
+
+    @property
+    def tile(self) -> TileConfig:
+        return tile_config(self.channels, self.positions, self.channels_last, self.vec)
+
+    @property
+    def sample_tiles(self) -> int:
+        return triton.cdiv(self.positions, self.tile.block_p)
+
+    @property
+    def channel_blocks(self) -> int:
+        return triton.cdiv(self.channels, self.tile.block_c)
+
+    @property
+    def walk(self) -> Walk:
+        tile = self.tile
+        reach = [self.positions + tile.block_p]
+        for _, c, h, w in self.strides:
+            along = tile.block_p * w if self.collapsed else self.positions // self.width * h + self.width * w
+            reach.append(tile.block_c * c + along)
+        wide = max(reach) >= WIDE_FROM
+        return Walk(self.channels_last, self.collapsed, wide, self.vec, tile.block_c, tile.block_p)
+
+    def size_arguments(self) -> tuple[int, int, int, int]:
+        """SIZE_ARGUMENTS as the kernels take them."""
+        if self.channels_last:
+            return self.sample_tiles, self.channels // self.vec, self.positions, self.width
+        return self.sample_tiles, self.channels, self.positions // self.vec, self.width // self.vec
+
+    def stride_arguments(self) -> tuple[int, ...]:
+        """The strides of all tensors, one after the other, as the kernels take them."""
+        v = self.vec
+        if self.channels_last:
+            units = [(n // v, c, h // v, w // v) for n, c, h, w in self.strides]
+        else:
+            units = [(n // v, c // v, h // v, w) for n, c, h, w in self.strides]
+        return tuple(stride for strides in units for stride in strides)
+
+    def compile_arguments(self, tensors: Sequence[str]) -> tuple[dict[str, str], dict]:
+        """(types, constants) of the arguments made here, where `tensors` stand in the names of the strides."""
+        inner = "c" if self.channels_last else "w"
+        constants = {"WALK": self.walk} | {f"stride_{tensor}{inner}": 1 for tensor in tensors}
+        names = ["tiles", "tiles_per_program", *SIZE_ARGUMENTS]
+        names += [f"stride_{tensor}{axis}" for tensor in tensors for axis in "nchw"]
+        return {name: "i32" for name in names if name not in constants}, constants
+
+    def split(self, device: torch.device, programs_per_multiprocessor: int, most: int) -> Split:
+        """Cuts each channel block's tiles into runs, enough of them to keep the device busy."""
+        tiles = self.samples * self.sample_tiles
+        wanted = triton.cdiv(programs_per_multiprocessor * multiprocessors(device), self.channel_blocks)
+        tiles_per_program = triton.cdiv(tiles, max(1, min(wanted, most, tiles)))
+        return Split(tiles, tiles_per_program, triton.cdiv(tiles, tiles_per_program))
+
+
+@dataclass(frozen=True)
+class Split:
+    """`tiles` of one channel block, in `programs` runs of `tiles_per_program`."""
+
+    tiles: int
+    tiles_per_program: int
+    programs: int
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def new_output(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised dense tensor of x's shape and memory format."""
+    n, c, h, w = x.shape
+    if layout.is_channels_last(x):
+        return x.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
+    return x.new_empty((n, c, h, w), dtype=dtype)
+
+
+def _channels_are_inner(x: torch.Tensor) -> bool:
+    """As `layout.is_channels_last`, and where there is no second pixel to lie beside the first."""
+    return layout.is_channels_last(x) or (x.shape[1] > 1 and x.stride(1) == 1 and x.shape[3] == 1)
+
+
+def geometry(tensors: Sequence[torch.Tensor], *, merge_samples: bool) -> Geometry:
+    """How to walk `tensors`, all [N, C, H, W] of one shape; the first one decides which way tiles lie.
+
+    Args:
+        merge_samples: whether positions of several samples may share a tile (in NHWC they then do).
+    """
+    samples, channels, height, width = tensors[0].shape
+    channels_last = _channels_are_inner(tensors[0])
+    strides = [_strides(t) for t in tensors]
+
+    collapsed = height == 1 or width == 1 or all(h == width * w for _, _, h, w in strides)
+    positions = height * width
+    if collapsed:
+        strides = [(n, c, 0, w if width > 1 else h) for n, c, h, w in strides]
+        width = positions
+        if merge_samples and channels_last:
+            if positions == 1:
+                strides = [(0, c, 0, n) for n, c, _, _ in strides]
+                samples, positions = 1, samples
+            elif samples == 1 or all(n == positions * w for n, _, _, w in strides):
+                samples, positions = 1, samples * positions
+                strides = [(0, c, 0, w) for _, c, _, w in strides]
+            width = positions
+    inner = channels if channels_last else width
+    outer = [step for n, c, h, w in strides for step in ((n, h, w) if channels_last else (n, c, h))]
+    vec = next(v for v in (8, 4, 2, 1) if all(size % v == 0 for size in (inner, *outer)))
+    return Geometry(samples, channels, positions, width, tuple(strides), channels_last, collapsed, vec)
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int, int, int]:
+    """x's strides, with 0 for axes of size 1, whose stride means nothing."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride()))
+
+
+def compile_geometries() -> Iterator[tuple[str, Geometry]]:
+    """A geometry, with a description, for each tile that `tile_config` can choose, and awkward strides."""
+    for channels in (8, 24, 32, 64):
+        x = torch.empty((128, 56, 56, channels), device="meta").permute(0, 3, 1, 2)
+        yield f"NHWC, {channels} channels", geometry([x] * 3, merge_samples=True)
+    for size in (4, 7, 14, 28):
+        x = torch.empty((128, 96, size, size), device="meta")
+        yield f"NCHW, {size}x{size}", geometry([x] * 3, merge_samples=True)
+    x = torch.empty((128, 64, 64, 67), device="meta").permute(0, 3, 1, 2)
+    yield "NHWC, sliced, odd channels", geometry([x[:, :, 1:, 1:]] * 3, merge_samples=True)
+    x = torch.empty((128, 67, 33, 33), device="meta")
+    yield "NCHW, sliced, odd width", geometry([x[:, :, 1:, 2:]] * 3, merge_samples=True)
