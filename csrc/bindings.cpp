@@ -5,6 +5,7 @@
 
 #include "build_config.h"  // written by setup.py
 #include "depthwise_conv_bn_act.h"
+#include "pointwise_conv_bn_act.h"
 #ifdef BBFAST_WITH_CUDA
 #include "device_info.h"
 #endif
@@ -79,4 +80,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("shift"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("act"),
         py::arg("squeeze"), py::call_guard<py::gil_scoped_release>(),
         "Depthwise conv + scale and shift + act of a channels_last float32 CPU map: (y, squeeze means or empty).");
+  m.def("pointwise_conv_bn_act", &pointwise_conv_bn_act_cpu, py::arg("x"), py::arg("weight"), py::arg("scale"),
+        py::arg("shift"), py::arg("residual"), py::arg("act"), py::call_guard<py::gil_scoped_release>(),
+        "Pointwise conv + scale and shift + residual + act of a channels_last float32 CPU map.");
 }

@@ -1,6 +1,7 @@
 """The ops: tensors in, tensors out, each with kernels, a reference, autograd and torch.library registration."""
 
 from bbfast.ops.batch_norm_act import batch_norm_act
+from bbfast.ops.conv_bn_act import conv_bn_act
 from bbfast.ops.depthwise_conv_bn_act import depthwise_conv_bn_act
 
-__all__ = ["batch_norm_act", "depthwise_conv_bn_act"]
+__all__ = ["batch_norm_act", "conv_bn_act", "depthwise_conv_bn_act"]

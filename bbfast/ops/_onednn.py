@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from bbfast.ops._batch_norm import scale_and_shift
+
 # oneDNN's names for activations. Its relu and clip turn NaN into 0, where torch's keep it, so these two run
 # after the convolution, in place.
 _FUSED_ACTIVATIONS = {
@@ -97,12 +99,5 @@ def fold_batch_norm(weight, bias, bn_weight, bn_bias, running_mean, running_var,
     """
     if running_mean is None:
         return weight, None if bias is None else bias.to(weight.dtype)
-    scale = running_var.float().add(eps).rsqrt_()
-    if bn_weight is not None:
-        scale.mul_(bn_weight)
-    offset = running_mean.float() if bias is None else running_mean.float() - bias
-    if bn_bias is None:
-        shift = (offset * scale).neg_()
-    else:
-        shift = torch.addcmul(bn_bias.float(), offset, scale, value=-1)
+    scale, shift = scale_and_shift(bias, bn_weight, bn_bias, running_mean, running_var, eps)
     return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)

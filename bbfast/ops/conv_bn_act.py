@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from bbfast import dispatch
-from bbfast.ops import _common, _onednn
+from bbfast.ops import _common, _cpp, _onednn
 from bbfast.ops.batch_norm_act import batch_norm_act
 from bbfast.reference.activation import activation
 from bbfast.reference.conv_bn_act import conv_bn_act as reference
@@ -22,9 +22,7 @@ OP = "conv_bn_act"
 # ---- checks ----------------------------------------------------------------------------------------------
 
 
-def _check(
-    x, weight, bias, bn_weight, bn_bias, running_mean, running_var, groups, training, momentum, eps, act
-):
+def _check(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, groups, training, momentum, eps, act):
     _common.check_tensor("x", x, rank=4, layout="[N, C, H, W]")
     _common.check_tensor("weight", weight, rank=4, layout="[O, C / groups, kh, kw]")
     _common.check_same_device("weight", weight, x)
@@ -64,14 +62,32 @@ def _check_residual(residual, x, shape):
 # ---- backends --------------------------------------------------------------------------------------------
 
 
-def _onednn_unsupported_reasons(x, *args) -> list[str]:
-    *_, training, needs_grad = args
-    reasons = _onednn.unsupported_reasons(x)
+def _training_reasons(training, needs_grad) -> list[str]:
+    reasons = []
     if training:
         reasons.append("training=True; the fused convolution is for inference")
     if needs_grad:
         reasons.append("gradients are needed; the fused convolution is for inference (use torch.no_grad())")
     return reasons
+
+
+def _cpp_unsupported_reasons(x, weight, *args) -> list[str]:
+    *_, stride, padding, _dilation, groups, _eps, _act, training, needs_grad = args
+    reasons = _cpp.unsupported_reasons(x) + _training_reasons(training, needs_grad)
+    if weight.shape[2:] != (1, 1) or tuple(stride) != (1, 1) or any(padding) or groups != 1:
+        reasons.append("the convolution is not pointwise (1x1, stride 1, no padding, groups 1)")
+    elif not _cpp.has_even_pixels(x):
+        reasons.append("x is a slice whose pixels do not follow each other at one distance")
+    return reasons
+
+
+def _onednn_unsupported_reasons(x, *args) -> list[str]:
+    return _onednn.unsupported_reasons(x) + _training_reasons(*args[-2:])
+
+
+def _run_cpp(x, *args):
+    *tensors, _stride, _padding, _dilation, _groups, eps, act, _training, _needs_grad = args
+    return _cpp.pointwise_conv_bn_act(x, *tensors, eps, act)
 
 
 def _run_onednn(x, *args):
@@ -84,7 +100,10 @@ def _run_reference(x, *args):
     return reference(x, *config, False, 0.0, eps, act)
 
 
-_FORWARD_KERNELS = (dispatch.Backend("onednn", _onednn_unsupported_reasons, _run_onednn),)
+_FORWARD_KERNELS = (
+    dispatch.Backend("cpp", _cpp_unsupported_reasons, _run_cpp),
+    dispatch.Backend("onednn", _onednn_unsupported_reasons, _run_onednn),
+)
 
 
 # ---- torch.library ---------------------------------------------------------------------------------------
@@ -96,9 +115,7 @@ def _impl(x, *args):
     return _common.as_output(x, run(x, *args))
 
 
-def _fake(
-    x, weight, bias, bn_weight, bn_bias, mean, var, residual, stride, padding, dilation, groups, eps, act
-):
+def _fake(x, weight, bias, bn_weight, bn_bias, mean, var, residual, stride, padding, dilation, groups, eps, act):
     size = _common.conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     return _common.new_output(x, (x.shape[0], weight.shape[0], *size))
 
@@ -189,9 +206,7 @@ def conv_bn_act(
         cast as for torch's conv2d.
     """
     x, weight, bias, residual = _common.to_autocast_dtype(x, weight, bias, residual)
-    _check(
-        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, groups, training, momentum, eps, act
-    )
+    _check(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, groups, training, momentum, eps, act)
     stride = _common.pair("stride", stride, 1)
     dilation = _common.pair("dilation", dilation, 1)
     padding = _common.resolve_padding(padding, x.shape[2:], weight.shape[2:], stride, dilation)

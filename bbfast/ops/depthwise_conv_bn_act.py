@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from bbfast import dispatch
-from bbfast.ops import _common, _onednn
+from bbfast.ops import _common, _cpp, _onednn
 from bbfast.reference.depthwise_conv_bn_act import depthwise_conv_bn_act as reference
 
 OP = "depthwise_conv_bn_act"
@@ -58,6 +58,16 @@ def _triton_unsupported_reasons(x, weight, *_args) -> list[str]:
     return reasons
 
 
+def _cpp_unsupported_reasons(x, weight, *args) -> list[str]:
+    training = args[8]
+    reasons = _cpp.unsupported_reasons(x)
+    if training:
+        reasons.append("training=True; the extension's kernel takes running statistics only")
+    if weight.shape[0] != x.shape[1]:
+        reasons.append(f"channel multiplier {weight.shape[0] // x.shape[1]}; the extension's kernel takes 1")
+    return reasons
+
+
 def _onednn_unsupported_reasons(x, *args) -> list[str]:
     training = args[9]
     reasons = _onednn.unsupported_reasons(x)
@@ -76,6 +86,12 @@ def _backward_triton(*args):
     from bbfast.triton_kernels import depthwise_conv_bn_act as kernels
 
     return kernels.backward(*args)
+
+
+def _forward_cpp(x, *args):
+    *tensors, _training, _momentum, eps, act, squeeze = args
+    y, squeezed = _cpp.depthwise_conv_bn_act(x, *tensors, eps, act, squeeze)
+    return _common.as_output(x, y), squeezed, None, None
 
 
 def _forward_onednn(x, *args):
@@ -105,6 +121,7 @@ def _backward_reference(grad_y, grad_squeeze, x, weight, bias, bn_weight, bn_bia
 
 _FORWARD_KERNELS = (
     dispatch.Backend("triton", _triton_unsupported_reasons, _forward_triton),
+    dispatch.Backend("cpp", _cpp_unsupported_reasons, _forward_cpp),
     dispatch.Backend("onednn", _onednn_unsupported_reasons, _forward_onednn),
 )
 _BACKWARD_KERNELS = (
