@@ -122,6 +122,11 @@ def choose_archs() -> tuple[str, ...]:
 class BuildExt(BuildExtension):
     """torch's ninja build, told which architectures to build for and what to write into `_C.build_info()`."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # Editable installs would compile in a folder that is thrown away; in this one ninja finds what is up to date.
+        self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}")
+
     def run(self) -> None:
         half = f"with CUDA for {' '.join(CUDA.archs)}" if CUDA.build else "for the CPU only"
         print(f"bbfast: building bbfast._C {half} ({CUDA.reason})", file=sys.stderr)
