@@ -20,6 +20,7 @@ from bbfast.ops import _status
 from bbfast.ops.batch_norm_act import batch_norm_act
 from bbfast.ops.conv_bn_act import conv_bn_act
 from bbfast.ops.depthwise_conv_bn_act import depthwise_conv_bn_act
+from bbfast.ops.drop_path_add import drop_path_add
 
 SMALL_MODEL = "mobilenetv3_small_050"
 
@@ -156,11 +157,12 @@ def test_status_asks_every_ladder_of_every_op():
 
 def _call_every_op(device):
     """The public functions on what the examples of the status hold, forward and backward."""
-    x = torch.randn(1, 8, 5, 5, device=device, requires_grad=True)
+    x = torch.randn(1, 8, 5, 5, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
     depthwise, pointwise = torch.randn(8, 1, 3, 3, device=device), torch.randn(8, 8, 1, 1, device=device)
     batch_norm = [torch.rand(8, device=device) for _ in range(4)]
     depthwise_conv_bn_act(x, depthwise.requires_grad_(), *batch_norm, padding=1).sum().backward()
     batch_norm_act(x, *batch_norm).sum().backward()
+    drop_path_add(x, x * 2, mask=torch.ones(1, device=device)).sum().backward()
     with torch.no_grad():
         conv_bn_act(x, pointwise, *batch_norm)
         depthwise_conv_bn_act(x, depthwise, *batch_norm, padding=1)

@@ -113,7 +113,7 @@ def _environment() -> list[tuple[str, str]]:
 def _print_backends(console: Console) -> None:
     console.print(
         Text("Backends", "bold"),
-        "asked with a small float32 tensor; an op takes the first that runs, torch being the reference\n",
+        "asked with a small float32 channels_last tensor; an op takes the first that runs, torch is the reference\n",
     )
     for (op, device), statuses in groupby(_status.backend_status(), key=lambda status: (status.op, status.device)):
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))

@@ -44,7 +44,8 @@ def _reasons(kernel: dispatch.Backend, args: tuple) -> tuple[str, ...]:
 
 
 def _image(device: str) -> torch.Tensor:
-    return torch.zeros(1, 8, 5, 5, device=device)
+    """In channels_last, the layout that the most backends take."""
+    return torch.zeros(1, 8, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
 
 
 def _batch_norm(device: str) -> tuple[torch.Tensor, ...]:
@@ -85,9 +86,19 @@ def _batch_norm_act(device: str) -> dict[str, tuple]:
     }
 
 
+def _drop_path_add(device: str) -> dict[str, tuple]:
+    residual = branch = _image(device)
+    multiplier = torch.ones(1, device=device)
+    return {
+        "_FORWARD_KERNELS": (residual, branch, multiplier, None),
+        "_BACKWARD_KERNELS": (residual, None, multiplier, None, torch.float32),
+    }
+
+
 # Per op file: the arguments that each of its ladders is asked with, on a device.
 EXAMPLES: dict[str, Callable[[str], dict[str, tuple]]] = {
     "depthwise_conv_bn_act": _depthwise_conv_bn_act,
     "conv_bn_act": _conv_bn_act,
     "batch_norm_act": _batch_norm_act,
+    "drop_path_add": _drop_path_add,
 }
