@@ -25,6 +25,15 @@ def merge_welford(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     return count, mean_a + delta * share_b, m2_a + m2_b + delta * delta * count_a * share_b
 
 
+@triton.jit
+def _distances(tile_ptr, num_channels, anchor, ok, ROWS: tl.constexpr):
+    """The partial means relative to `anchor`, with what rounding took from them where that was kept."""
+    distances = tl.load(tile_ptr + num_channels, mask=ok, other=0.0) - anchor[None, :]
+    if ROWS == 4:
+        distances += tl.load(tile_ptr + 3 * num_channels, mask=ok, other=0.0)
+    return distances
+
+
 # One program per BLOCK_C channels. Reads partials [P, 3, C] twice in tiles [BLOCK_P, BLOCK_C] (12 bytes per
 # partial and channel; the second time from the cache), writes mean, invstd and the running statistics.
 # Registers: three partial tiles and the sums [BLOCK_C]. Chan's formula for P sets at once, in two sweeps: the
@@ -42,6 +51,7 @@ def _finalize_statistics_kernel(
     momentum,
     eps,
     HAS_RUNNING: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -50,27 +60,26 @@ def _finalize_statistics_kernel(
     row = tl.arange(0, BLOCK_P)
 
     anchor = tl.load(partials_ptr + num_channels + channel, mask=channel_ok, other=0.0)
-    anchor = tl.where(tl.load(partials_ptr + channel, mask=channel_ok, other=0.0) > 0.0, anchor, 0.0)
     count = tl.zeros((BLOCK_C,), tl.float32)
     distance = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, num_partials, BLOCK_P):
         ok = (start + row < num_partials)[:, None] & channel_ok[None, :]
-        tile_ptr = partials_ptr + (start + row).to(tl.int64)[:, None] * (3 * num_channels) + channel[None, :]
+        tile_ptr = partials_ptr + (start + row).to(tl.int64)[:, None] * (ROWS * num_channels) + channel[None, :]
         counts = tl.load(tile_ptr, mask=ok, other=0.0)
-        means = tl.load(tile_ptr + num_channels, mask=ok, other=0.0)
+        distances = _distances(tile_ptr, num_channels, anchor, ok, ROWS)
         count += tl.sum(counts, axis=0)
-        distance += tl.sum(tl.where(counts > 0.0, (means - anchor[None, :]) * counts, 0.0), axis=0)
+        distance += tl.sum(tl.where(counts > 0.0, distances * counts, 0.0), axis=0)
     safe_count = tl.maximum(count, 1.0)
-    mean = anchor + distance / safe_count
+    distance = distance / safe_count
+    mean = anchor + distance
 
     m2 = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, num_partials, BLOCK_P):
         ok = (start + row < num_partials)[:, None] & channel_ok[None, :]
-        tile_ptr = partials_ptr + (start + row).to(tl.int64)[:, None] * (3 * num_channels) + channel[None, :]
+        tile_ptr = partials_ptr + (start + row).to(tl.int64)[:, None] * (ROWS * num_channels) + channel[None, :]
         counts = tl.load(tile_ptr, mask=ok, other=0.0)
-        means = tl.load(tile_ptr + num_channels, mask=ok, other=0.0)
         m2s = tl.load(tile_ptr + 2 * num_channels, mask=ok, other=0.0)
-        away = means - mean[None, :]
+        away = _distances(tile_ptr, num_channels, anchor, ok, ROWS) - distance[None, :]
         m2 += tl.sum(tl.where(counts > 0.0, m2s + away * away * counts, 0.0), axis=0)
 
     tl.store(mean_ptr + channel, mean, mask=channel_ok)
@@ -131,8 +140,10 @@ def finalize_statistics(
     """Mean and 1 / sqrt(biased variance + eps) per channel from per-program statistics.
 
     Args:
-        partials: fp32 `[P, 3, C]`, contiguous, P >= 1: count, mean and M2 (sum of squared distances to that
-            mean) of each program's share; a count of 0 marks an empty share, whose mean and M2 are ignored.
+        partials: fp32 `[P, 3, C]` or `[P, 4, C]`, contiguous, P >= 1: count, mean and M2 (sum of squared distances
+            to that mean) of each program's share, and optionally what rounding to fp32 took from the mean (it counts
+            where the mean is much larger than the deviation); a count of 0 marks an empty share, whose other values
+            are ignored.
         running_mean, running_var: `[C]` of any float dtype, or None; moved towards mean and unbiased variance
             by `momentum`, in place.
         momentum: weight of this batch in the running statistics.
@@ -141,7 +152,7 @@ def finalize_statistics(
     Returns:
         mean and invstd, fp32 `[C]`.
     """
-    num_partials, _, channels = partials.shape
+    num_partials, rows, channels = partials.shape
     config = reduce_config(num_partials, channels)
     mean, invstd = partials.new_empty(channels), partials.new_empty(channels)
     running = [None if t is None else _contiguous(t) for t in (running_mean, running_var)]
@@ -156,6 +167,7 @@ def finalize_statistics(
             momentum,
             eps,
             HAS_RUNNING=running_mean is not None,
+            ROWS=rows,
             BLOCK_P=config.block_p,
             BLOCK_C=config.block_k,
             num_warps=config.num_warps,

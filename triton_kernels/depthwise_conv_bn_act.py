@@ -57,9 +57,7 @@ class LaunchConfig:
     rows: int = 1
 
 
-def choose_tile(
-    channels_last: bool, channels: int, size_t: int, kernel_t: int, stride_t: int
-) -> tuple[int, int, int]:
+def choose_tile(channels_last: bool, channels: int, size_t: int, kernel_t: int, stride_t: int) -> tuple[int, int, int]:
     """(block_t, block_c, num_warps) of a tile.
 
     NHWC: 8 neighbouring channels per thread, at least 16 per tile, a whole 32-byte sector of half precision. NCHW:
@@ -248,7 +246,7 @@ def _statistics(problem, packed, bias, running_mean, running_var, momentum, eps)
     c_tiles = triton.cdiv(problem.channels, config.block_c)
     t_tiles, s_splits = triton.cdiv(size_t, config.block_t), triton.cdiv(size_s, config.span)
     programs = t_tiles * s_splits * triton.cdiv(problem.batch, config.images)
-    partials = x.new_empty((programs, 3, problem.channels), dtype=torch.float32)
+    partials = x.new_empty((programs, 4, problem.channels), dtype=torch.float32)
     vector = problem.vector(x)
     _statistics_kernel[(programs * c_tiles,)](
         x,
@@ -391,8 +389,8 @@ def backward(
         grad_x,
         grad_weight,
         grad_bias,
-        None if bn_weight is None else sum_gn.to(bn_weight.dtype),
-        None if bn_bias is None else sum_g.to(bn_bias.dtype),
+        None if bn_weight is None else sum_gn.to(bn_weight.dtype, copy=True),
+        None if bn_bias is None else sum_g.to(bn_bias.dtype, copy=True),
     )
 
 

@@ -323,8 +323,8 @@ def _forward_kernel(
         tl.store(squeeze_ptr, sums.to(squeeze_ptr.dtype.element_ty), mask=mask_c)
 
 
-# A program takes BLOCK_T x span pixels of BLOCK_C channels of several images and writes one (count, mean, M2) per
-# channel. Each lane keeps its own Welford triple, fed with the mean and M2 of TILE_S values at a time, relative to the
+# A program takes BLOCK_T x span pixels of BLOCK_C channels of several images and writes one (count, mean, M2,
+# rounding of the mean) per channel. Each lane keeps its own Welford triple, fed with the mean and M2 of TILE_S values at a time, relative to the
 # lane's first value (anchor), so that a large mean beside a small deviation costs no digits.
 @triton.jit
 def _statistics_kernel(
@@ -419,13 +419,17 @@ def _statistics_kernel(
     lane_mean = tl.sum(count * mean, T_AXIS) / tl.maximum(lane_count, 1.0)
     apart = mean - _along_c(lane_mean, T_AXIS)
     lane_m2 = tl.sum(tl.where(count > 0.0, m2 + count * apart * apart, 0.0), T_AXIS)
-    lane_mean += common
+    bias = tl.zeros((BLOCK_C,), tl.float32)
     if bias_ptr is not None:
-        lane_mean += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    partials_ptr += _wide(partial) * 3 * channels + offs_c
+        bias += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    total = common + lane_mean
+    mean_with_bias = total + bias
+    rounded_off = (common - total) + lane_mean + ((total - mean_with_bias) + bias)
+    partials_ptr += _wide(partial) * 4 * channels + offs_c
     tl.store(partials_ptr, lane_count, mask=mask_c)
-    tl.store(partials_ptr + channels, lane_mean, mask=mask_c)
+    tl.store(partials_ptr + channels, mean_with_bias, mask=mask_c)
     tl.store(partials_ptr + 2 * channels, lane_m2, mask=mask_c)
+    tl.store(partials_ptr + 3 * channels, rounded_off, mask=mask_c)
 
 
 # ---- backward --------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from bbfast import dispatch
 from bbfast.ops import _common, _cpp, _onednn
 from bbfast.reference.depthwise_conv_bn_act import depthwise_conv_bn_act as reference
+from bbfast.reference.depthwise_conv_bn_act import depthwise_conv_bn_act_backward as reference_backward
 
 OP = "depthwise_conv_bn_act"
 
@@ -107,16 +108,8 @@ def _forward_reference(x, *args):
 
 
 def _backward_reference(grad_y, grad_squeeze, x, weight, bias, bn_weight, bn_bias, mean, invstd, *rest):
-    """Recomputes the forward with autograd on; `mean` and `invstd` come anew from it."""
-    running_mean, running_var, stride, padding, dilation, training, eps, act, *_ = rest
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, bn_weight, bn_bias)]
-    statistics = (None, None) if training else (running_mean, running_var)
-    squeeze = grad_squeeze is not None
-    with torch.enable_grad():
-        y, squeezed, _, _ = reference(*leaves, *statistics, stride, padding, dilation, training, 0.0, eps, act, squeeze)
-    outputs, grads = ([y, squeezed], [grad_y, grad_squeeze]) if squeeze else ([y], [grad_y])
-    found = iter(torch.autograd.grad(outputs, [leaf for leaf in leaves if leaf is not None], grads))
-    return tuple(None if leaf is None else next(found) for leaf in leaves)
+    *config, _needs_input_grad, _needs_weight_grad = rest
+    return reference_backward(grad_y, grad_squeeze, x, weight, bias, bn_weight, bn_bias, *config)
 
 
 _FORWARD_KERNELS = (
@@ -133,65 +126,35 @@ _BACKWARD_KERNELS = (
 
 
 def _run_forward(x, *args):
-    if x.numel() == 0:  # nothing to launch, and no fallback to speak of
-        return _forward_reference(x, *args)
     return dispatch.select(OP, _FORWARD_KERNELS, _forward_reference, x, *args)(x, *args)
 
 
-def _eval_impl(x, weight, bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, eps, act, squeeze):
-    y, squeezed, _, _ = _run_forward(
-        x,
-        weight,
-        bias,
-        bn_weight,
-        bn_bias,
-        mean,
-        var,
-        stride,
-        padding,
-        dilation,
-        False,
-        0.0,
-        eps,
-        act,
-        squeeze,
-    )
+def _eval_impl(x, *args):
+    if x.numel() == 0:
+        return tuple(output.zero_() for output in _eval_fake(x, *args))
+    *inputs, eps, act, squeeze = args
+    y, squeezed, _, _ = _run_forward(x, *inputs, False, 0.0, eps, act, squeeze)
     return y, x.new_empty(0) if squeezed is None else squeezed
 
 
-def _train_impl(x, weight, bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, momentum, eps, act, squeeze):
-    y, squeezed, batch_mean, invstd = _run_forward(
-        x,
-        weight,
-        bias,
-        bn_weight,
-        bn_bias,
-        mean,
-        var,
-        stride,
-        padding,
-        dilation,
-        True,
-        momentum,
-        eps,
-        act,
-        squeeze,
-    )
-    return y, x.new_empty(0) if squeezed is None else squeezed, batch_mean, invstd
+def _train_impl(x, *args):
+    if x.numel() == 0:  # no batch: the running statistics stay as they are
+        return tuple(output.zero_() for output in _train_fake(x, *args))
+    *inputs, momentum, eps, act, squeeze = args
+    y, squeezed, mean, invstd = _run_forward(x, *inputs, True, momentum, eps, act, squeeze)
+    return y, x.new_empty(0) if squeezed is None else squeezed, mean, invstd
 
 
-def _backward_impl(grad_y, grad_squeeze, x, weight, bias, bn_weight, bn_bias, *rest):
-    args = (grad_y, grad_squeeze, x, weight, bias, bn_weight, bn_bias, *rest)
+def _backward_impl(*args):
+    x = args[2]
+    needs_input_grad, needs_weight_grad = args[-2:]
     if x.numel() == 0:
-        run = _backward_reference
-    else:
-        run = dispatch.select(f"{OP}_backward", _BACKWARD_KERNELS, _backward_reference, *args)
+        return tuple(output.zero_() for output in _backward_fake(*args))
+    run = dispatch.select(f"{OP}_backward", _BACKWARD_KERNELS, _backward_reference, *args)
     grad_x, *others = run(*args)
-    if not args[-2]:
-        grad_x = None
-    if not args[-1]:
+    if not needs_weight_grad:
         others[0] = None
-    grad_x = x.new_empty(0) if grad_x is None else _common.as_output(x, grad_x)
+    grad_x = _common.as_output(x, grad_x) if needs_input_grad else x.new_empty(0)
     return grad_x, *[x.new_empty(0) if grad is None else grad.contiguous() for grad in others]
 
 
@@ -201,11 +164,13 @@ def _forward_fake(x, weight, stride, padding, dilation, squeeze):
     return y, x.new_empty((x.shape[0], weight.shape[0]) if squeeze else 0)
 
 
-def _eval_fake(x, weight, bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, eps, act, squeeze):
+def _eval_fake(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, *config):
+    stride, padding, dilation, _eps, _act, squeeze = config
     return _forward_fake(x, weight, stride, padding, dilation, squeeze)
 
 
-def _train_fake(x, weight, bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, momentum, eps, act, squeeze):
+def _train_fake(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, *config):
+    stride, padding, dilation, _momentum, _eps, _act, squeeze = config
     statistics = [x.new_empty(weight.shape[0], dtype=_common.statistics_dtype(x)) for _ in range(2)]
     return *_forward_fake(x, weight, stride, padding, dilation, squeeze), *statistics
 

@@ -18,3 +18,19 @@ ACTIVATIONS = {
 def activation(x: torch.Tensor, act: str) -> torch.Tensor:
     """Applies the activation called `act` (gelu is the exact erf form)."""
     return ACTIVATIONS[act](x)
+
+
+aten = torch.ops.aten
+_GRADIENTS = {
+    "identity": lambda grad, x: grad,
+    "relu": lambda grad, x: aten.threshold_backward(grad, x, 0),
+    "relu6": lambda grad, x: aten.hardtanh_backward(grad, x, 0.0, 6.0),
+    "hardswish": aten.hardswish_backward,
+    "silu": aten.silu_backward,
+    "gelu": aten.gelu_backward,
+}
+
+
+def activation_backward(grad: torch.Tensor, x: torch.Tensor, act: str) -> torch.Tensor:
+    """`grad` times the derivative of the activation at `x`, by the formulas of torch's own autograd."""
+    return _GRADIENTS[act](grad, x)
