@@ -10,7 +10,13 @@ from numerics import assert_within_rule
 from torch import nn
 
 from bbfast import dispatch, extension
-from bbfast.nn import ConvBNAct, apply_conv_bn_act, apply_squeeze_excite, to_inference_layout
+from bbfast.nn import (
+    ConvBNAct,
+    SyncBatchNormAct2d,
+    apply_conv_bn_act,
+    apply_squeeze_excite,
+    to_inference_layout,
+)
 from bbfast.ops import _onednn, conv_bn_act, depthwise_conv_bn_act
 from bbfast.reference.activation import ACTIVATIONS
 from bbfast.reference.conv_bn_act import conv_bn_act as reference
@@ -501,6 +507,16 @@ def test_layer_and_lent_modules(monkeypatch):
     conv.padding_mode = "reflect"
     with pytest.raises(ValueError, match="padding_mode='reflect'"):
         apply_conv_bn_act(conv, None, x, act="relu")
+
+
+def test_synchronised_batch_norm_activates_once():
+    bn = SyncBatchNormAct2d(6, act="silu")
+    conv, x, residual = nn.Conv2d(4, 6, 1), torch.randn(2, 4, 5, 5), torch.randn(2, 6, 5, 5)
+    with torch.no_grad():
+        y = apply_conv_bn_act(conv, bn, x, act="silu", residual=residual)
+        expected = F.silu(F.batch_norm(conv(x), None, None, training=True) + residual)
+    torch.testing.assert_close(y, expected)
+    assert bn.num_batches_tracked == 1
 
 
 def test_inference_layout():

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bbfast.models._stopgap import BatchNormAct2d, DropPathAdd, apply_conv_bn_act
-from bbfast.nn import apply_depthwise_conv_bn_act
+from bbfast.models._stopgap import BatchNormAct2d, DropPathAdd
+from bbfast.nn import apply_conv_bn_act, apply_depthwise_conv_bn_act
 from bbfast.reference.activation import activation
 
 # timm's names of activations, and the names that ops know.
@@ -29,7 +29,6 @@ ACT_NAMES = {
     "silu": "silu",
     "gelu": "gelu",
 }
-_GATES = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
 
 
 def resolve_act(act_layer: str) -> str:
@@ -45,9 +44,7 @@ def resolve_act(act_layer: str) -> str:
     return ACT_NAMES[act_layer]
 
 
-def make_divisible(
-    value: float, divisor: int = 8, minimum: int | None = None, round_limit: float = 0.9
-) -> int:
+def make_divisible(value: float, divisor: int = 8, minimum: int | None = None, round_limit: float = 0.9) -> int:
     """`value` as a multiple of `divisor`, at least `minimum` (None: divisor) and round_limit * value."""
     rounded = max(minimum or divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < round_limit * value else rounded
@@ -95,9 +92,7 @@ def create_conv2d(
     dynamic = pad_type == "same" and (stride > 1 or extent % 2 == 1)
     padding = 0 if dynamic or pad_type == "valid" else (stride - 1 + extent) // 2
     conv = Conv2dSame if dynamic else nn.Conv2d
-    return conv(
-        in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=bias, device=device, dtype=dtype
-    )
+    return conv(in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=bias, device=device, dtype=dtype)
 
 
 def conv_bn_act(conv: nn.Conv2d, bn: BatchNormAct2d, x: torch.Tensor, residual=None) -> torch.Tensor:
@@ -153,21 +148,18 @@ class SqueezeExcite(nn.Module):
             x: `[N, C, H, W]`; without autograd it is overwritten if squeezed is given.
             squeezed: x's means over H and W, `[N, C]`, where they are known already.
         """
-        # The 1x1 convolutions of a 1x1 map are matrix products.
-        hidden = activation(
-            _linear(self.conv_reduce, x.mean((2, 3)) if squeezed is None else squeezed), self.act
+        return apply_squeeze_excite(
+            x,
+            x.mean((2, 3)) if squeezed is None else squeezed,
+            self.conv_reduce,
+            self.conv_expand,
+            act=self.act,
+            gate=self.gate,
+            inplace=squeezed is not None,
         )
-        gate = _GATES[self.gate](_linear(self.conv_expand, hidden))[:, :, None, None]
-        if squeezed is not None and not torch.is_grad_enabled():
-            return x.mul_(gate)
-        return x * gate
 
     def extra_repr(self) -> str:
         return f"act={self.act!r}, gate={self.gate!r}"
-
-
-def _linear(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------
@@ -179,9 +171,7 @@ class _SkipBlock(nn.Module):
     has_skip: bool
     drop_path: nn.Module
 
-    def _finish(
-        self, conv: nn.Conv2d, bn: BatchNormAct2d, x: torch.Tensor, shortcut: torch.Tensor
-    ) -> torch.Tensor:
+    def _finish(self, conv: nn.Conv2d, bn: BatchNormAct2d, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         if not self.has_skip:
             return conv_bn_act(conv, bn, x)
         drops = self.training and isinstance(self.drop_path, DropPathAdd)

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from bbfast.models._efficientnet_blocks import SqueezeExcite, conv_bn_act, create_conv2d, resolve_act
 from bbfast.models._efficientnet_builder import BlockArgs, build_trunk
 from bbfast.models._pretrained import PretrainedCfg
-from bbfast.models._stopgap import BatchNormAct2d
+from bbfast.nn import BatchNormAct2d, to_inference_layout
+from bbfast.nn import to_inference_layout
 
 
 class EfficientNetTrunk(nn.Module):
@@ -118,7 +119,7 @@ class EfficientNetTrunk(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def _forward_trunk(self, x: torch.Tensor) -> torch.Tensor:
-        x = conv_bn_act(self.conv_stem, self.bn1, x)
+        x = conv_bn_act(self.conv_stem, self.bn1, to_inference_layout(x))
         if not self.grad_checkpointing or not torch.is_grad_enabled():
             return self.blocks(x)
         for stage in self.blocks:
@@ -135,9 +136,7 @@ class EfficientNetTrunk(nn.Module):
         return nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
 
 
-def pretrained_cfg(
-    size: int = 224, *, test_size: int | None = None, weights: bool = True, **facts
-) -> PretrainedCfg:
+def pretrained_cfg(size: int = 224, *, test_size: int | None = None, weights: bool = True, **facts) -> PretrainedCfg:
     """Square inputs, a last map of size / 32, timm's hub repositories: so are these families' weights."""
     return PretrainedCfg(
         hf_hub_id="timm/" if weights else None,

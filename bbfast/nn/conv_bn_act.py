@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bbfast import ops
-from bbfast.nn._batch_norm import batch_norm_arguments, is_plain_batch_norm
+from bbfast.nn._batch_norm import batch_norm_arguments
 from bbfast.reference.activation import activation
 
 
@@ -23,7 +23,7 @@ def apply_conv_bn_act(
 
     Args:
         conv: any groups, zero padding.
-        bn: a BatchNorm2d, in train or eval mode, or None. A SyncBatchNorm in training runs as a module.
+        bn: a BatchNorm2d, in train or eval mode, or None. In train mode a SyncBatchNorm runs unfused.
         x: `[N, C, H, W]`.
         act: see `bbfast.ops.conv_bn_act`.
         padding: overrides `conv.padding`, e.g. `"same"` for TensorFlow's rule.
@@ -44,8 +44,9 @@ def apply_conv_bn_act(
     no_bn = (None, None, None, None)
     if bn is None:
         return ops.conv_bn_act(x, conv.weight, *no_bn, act=act, residual=residual, **geometry)
-    if bn.training and not is_plain_batch_norm(bn):
-        y = bn(ops.conv_bn_act(x, conv.weight, *no_bn, act="identity", **geometry))
+    if isinstance(bn, nn.SyncBatchNorm) and (bn.training or bn.running_mean is None):
+        # Its statistics come from other processes. A subclass that activates must not do so twice.
+        y = nn.SyncBatchNorm.forward(bn, ops.conv_bn_act(x, conv.weight, *no_bn, act="identity", **geometry))
         return activation(y if residual is None else y + residual, act)
     statistics, keywords = batch_norm_arguments(bn)
     return ops.conv_bn_act(x, conv.weight, *statistics, act=act, residual=residual, **geometry, **keywords)
