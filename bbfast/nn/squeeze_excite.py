@@ -42,9 +42,7 @@ def apply_squeeze_excite(
     if gate not in GATES:
         raise ValueError(f"gate={gate!r} is not known; allowed: {', '.join(GATES)}")
     if squeezed.shape != x.shape[:2]:
-        raise ValueError(
-            f"squeezed must have shape {tuple(x.shape[:2])}, [N, C] of x, got {tuple(squeezed.shape)}"
-        )
+        raise ValueError(f"squeezed must have shape {tuple(x.shape[:2])}, [N, C] of x, got {tuple(squeezed.shape)}")
     hidden = activation(_linear("conv_reduce", conv_reduce, squeezed), act)
     factor = GATES[gate](_linear("conv_expand", conv_expand, hidden))[:, :, None, None]
     if inplace and not torch.is_grad_enabled() and factor.dtype == x.dtype:
