@@ -465,7 +465,7 @@ def backward(
         if partials is not None:
             sum_gx, sum_g = sum_partials(partials).view(2, channels)
     grad_weight = None if weight is None else sum_gx.to(weight.dtype)
-    grad_bias = None if bias is None else sum_g.to(bias.dtype)
+    grad_bias = None if bias is None else sum_g.to(bias.dtype, copy=True)  # both sums are one tensor
     return grad_x, grad_weight, grad_bias, grad_residual
 
 

@@ -12,7 +12,7 @@ vectors. Tiles start at 64-bit offsets; within a tile offsets take 32 bits where
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -260,6 +260,10 @@ class Geometry:
             units = [(n // v, c // v, h // v, w) for n, c, h, w in self.strides]
         return tuple(stride for strides in units for stride in strides)
 
+    def reordered(self, *order: int) -> Geometry:
+        """The same walk with its tensors in another order."""
+        return replace(self, strides=tuple(self.strides[index] for index in order))
+
     def compile_arguments(self, tensors: Sequence[str]) -> tuple[dict[str, str], dict]:
         """(types, constants) of the arguments made here, where `tensors` stand in the names of the strides."""
         inner = "c" if self.channels_last else "w"
@@ -296,6 +300,18 @@ def new_output(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if layout.is_channels_last(x):
         return x.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
     return x.new_empty((n, c, h, w), dtype=dtype)
+
+
+def flat_samples(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors as [N, 1, 1, C * H * W], where all their samples are dense in the same order; else as they are.
+
+    For work that does not tell channels apart.
+    """
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        if all(t.is_contiguous(memory_format=memory_format) for t in tensors):
+            size = tensors[0].shape[1:].numel()
+            return [t.as_strided((t.shape[0], 1, 1, size), (size, size, size, 1)) for t in tensors]
+    return list(tensors)
 
 
 def _channels_are_inner(x: torch.Tensor) -> bool:

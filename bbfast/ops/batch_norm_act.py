@@ -10,7 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from bbfast import dispatch
 from bbfast.ops import _common
+from bbfast.ops._memory_format import dense_like, new_dense
 from bbfast.reference.batch_norm_act import batch_norm_act as reference
+from bbfast.reference.batch_norm_act import batch_norm_act_backward as reference_backward
 
 OP = "batch_norm_act"
 
@@ -60,22 +62,14 @@ def _backward_triton(*args):
 def _forward_reference(x, weight, bias, residual, *rest):
     y, mean, invstd = reference(x, weight, bias, residual, *rest)
     dtype = _common.statistics_dtype(x)
-    return _dense_like(x, y, own=y is not x), mean.to(dtype), invstd.to(dtype)
+    return dense_like(x, y, shared_with=(x,)), mean.to(dtype), invstd.to(dtype)
 
 
-def _backward_reference(grad_y, x, weight, bias, residual, mean, invstd, running_mean, running_var, *rest):
-    """Recomputes the forward with autograd on; `mean` and `invstd` come anew from it."""
-    training, eps, act = rest
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, residual)]
-    statistics = (None, None) if training else (running_mean, running_var)
-    with torch.enable_grad():
-        y, _, _ = reference(*leaves, *statistics, training, 0.0, eps, act)
-    found = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], grad_y))
-    grad_x, grad_weight, grad_bias, grad_residual = (None if leaf is None else next(found) for leaf in leaves)
-    if residual is not None:
-        own = grad_residual is not grad_y and grad_residual is not grad_x
-        grad_residual = _dense_like(residual, grad_residual, own=own)
-    return _dense_like(x, grad_x, own=grad_x is not grad_y), grad_weight, grad_bias, grad_residual
+def _backward_reference(grad_y, x, weight, bias, residual, mean, invstd, *rest):
+    grads = reference_backward(grad_y, x, weight, bias, residual, *rest)
+    grad_x = dense_like(x, grads[0], shared_with=(grad_y,))
+    grad_residual = None if residual is None else dense_like(residual, grads[3], shared_with=(grad_y, grad_x))
+    return grad_x, grads[1], grads[2], grad_residual
 
 
 _FORWARD_KERNELS = (
@@ -99,22 +93,6 @@ _BACKWARD_KERNELS = (
 
 def _output_dtype(x, residual) -> torch.dtype:
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-
-
-def _new_dense(x, dtype) -> torch.Tensor:
-    """An uninitialised tensor of x's shape and memory format."""
-    if _common.is_channels_last(x):
-        n, c, h, w = x.shape
-        return x.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
-    return x.new_empty(x.shape, dtype=dtype)
-
-
-def _dense_like(x, y, own: bool) -> torch.Tensor:
-    """`y` in x's memory format; copied where it is in another one or not `own` to give away."""
-    layout = torch.channels_last if _common.is_channels_last(x) else torch.contiguous_format
-    if own and y.is_contiguous(memory_format=layout):
-        return y
-    return y.clone(memory_format=layout)
 
 
 def _run_forward(x, *args):
@@ -143,19 +121,19 @@ def _backward_impl(grad_y, x, weight, bias, residual, *rest):
 
 
 def _eval_fake(x, weight, bias, residual, running_mean, running_var, eps, act):
-    return _new_dense(x, _output_dtype(x, residual))
+    return new_dense(x, _output_dtype(x, residual))
 
 
 def _train_fake(x, weight, bias, residual, running_mean, running_var, momentum, eps, act):
     statistics = [x.new_empty(x.shape[1], dtype=_common.statistics_dtype(x)) for _ in range(2)]
-    return _new_dense(x, _output_dtype(x, residual)), *statistics
+    return new_dense(x, _output_dtype(x, residual)), *statistics
 
 
 def _backward_fake(grad_y, x, weight, bias, residual, *rest):
     vectors = [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (weight, bias)]
     absent = residual is None or rest[-1] == "identity"
-    grad_residual = x.new_empty(0) if absent else _new_dense(residual, residual.dtype)
-    return _new_dense(x, x.dtype), *vectors, grad_residual
+    grad_residual = x.new_empty(0) if absent else new_dense(residual, residual.dtype)
+    return new_dense(x, x.dtype), *vectors, grad_residual
 
 
 _eval_op = _common.define(
