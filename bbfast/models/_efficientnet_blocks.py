@@ -14,9 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bbfast.models._stopgap import BatchNormAct2d, DropPathAdd
-from bbfast.nn import apply_conv_bn_act, apply_depthwise_conv_bn_act
-from bbfast.reference.activation import activation
+from bbfast.nn import (
+    BatchNormAct2d,
+    DropPathAdd,
+    apply_conv_bn_act,
+    apply_depthwise_conv_bn_act,
+    apply_squeeze_excite,
+)
 
 # timm's names of activations, and the names that ops know.
 ACT_NAMES = {
@@ -174,9 +178,8 @@ class _SkipBlock(nn.Module):
     def _finish(self, conv: nn.Conv2d, bn: BatchNormAct2d, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         if not self.has_skip:
             return conv_bn_act(conv, bn, x)
-        drops = self.training and isinstance(self.drop_path, DropPathAdd)
-        if drops:
-            return self.drop_path.drop_path_add(shortcut, conv_bn_act(conv, bn, x))
+        if self.training and isinstance(self.drop_path, DropPathAdd):
+            return self.drop_path(shortcut, conv_bn_act(conv, bn, x))
         if bn.act == "identity":
             return conv_bn_act(conv, bn, x, residual=shortcut)
         return conv_bn_act(conv, bn, x) + shortcut

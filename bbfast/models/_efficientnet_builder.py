@@ -77,9 +77,7 @@ def decode_arch_def(
 def _decode_block(string: str) -> tuple[BlockArgs, int]:
     block_type, *options = string.split("_")
     if block_type not in _BLOCK_TYPES:
-        raise ValueError(
-            f"block {string!r} has unknown type {block_type!r}; allowed: {', '.join(_BLOCK_TYPES)}"
-        )
+        raise ValueError(f"block {string!r} has unknown type {block_type!r}; allowed: {', '.join(_BLOCK_TYPES)}")
     numbers, act, skip = {}, None, None
     for option in options:
         if option in ("skip", "noskip"):
@@ -203,9 +201,7 @@ def build_trunk(
         built.append(nn.Sequential(*blocks))
         if stage_index + 1 == len(stages) or stages[stage_index + 1][0].stride > 1:
             module = f"blocks.{stage_index}"
-            feature_info.append(
-                {"module": module, "num_chs": in_chs, "stage": stage_index + 1, "reduction": stride}
-            )
+            feature_info.append({"module": module, "num_chs": in_chs, "stage": stage_index + 1, "reduction": stride})
     return Trunk(built, feature_info, in_chs)
 
 

@@ -13,7 +13,6 @@ from bbfast.models._efficientnet_blocks import SqueezeExcite, conv_bn_act, creat
 from bbfast.models._efficientnet_builder import BlockArgs, build_trunk
 from bbfast.models._pretrained import PretrainedCfg
 from bbfast.nn import BatchNormAct2d, to_inference_layout
-from bbfast.nn import to_inference_layout
 
 
 class EfficientNetTrunk(nn.Module):

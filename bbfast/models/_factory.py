@@ -81,7 +81,5 @@ def _make_entrypoint(name: str, build: Callable[..., nn.Module], variant: dict) 
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__module__ = build.__module__
-    entrypoint.__doc__ = (
-        f"Makes {name}: {build.__name__}({', '.join(f'{k}={v!r}' for k, v in variant.items())})."
-    )
+    entrypoint.__doc__ = f"Makes {name}: {build.__name__}({', '.join(f'{k}={v!r}' for k, v in variant.items())})."
     return entrypoint

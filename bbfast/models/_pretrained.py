@@ -106,9 +106,7 @@ def _download(cfg: PretrainedCfg, cache_dir) -> str:
     try:
         from huggingface_hub import hf_hub_download
     except ModuleNotFoundError as error:
-        raise RuntimeError(
-            "pretrained=True needs the package huggingface_hub, which is not installed"
-        ) from error
+        raise RuntimeError("pretrained=True needs the package huggingface_hub, which is not installed") from error
     try:
         return hf_hub_download(cfg.hf_hub_id, _HUB_FILE, cache_dir=cache_dir)
     except Exception as error:  # the hub's own, requests' and httpx's errors have no common base
@@ -208,14 +206,10 @@ def _describe(value) -> str:
     return "an empty dict" if value == {} else f"a {type(value).__name__}"
 
 
-def _check_fits(
-    state_dict: Mapping, own: Mapping, argument: str, may_miss: frozenset | set = frozenset()
-) -> None:
+def _check_fits(state_dict: Mapping, own: Mapping, argument: str, may_miss: frozenset | set = frozenset()) -> None:
     """Raises one ValueError that lists everything that does not fit."""
     missing = [
-        key
-        for key in own
-        if key not in state_dict and key not in may_miss and not key.endswith("num_batches_tracked")
+        key for key in own if key not in state_dict and key not in may_miss and not key.endswith("num_batches_tracked")
     ]
     unexpected = [key for key in state_dict if key not in own]
     shapes = [

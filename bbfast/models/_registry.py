@@ -178,6 +178,4 @@ def _matches(name: str, patterns: list[str]) -> bool:
 
 
 def _natural_key(name: str) -> list[tuple[int, int | str]]:
-    return [
-        (0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name.lower()) if part
-    ]
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name.lower()) if part]

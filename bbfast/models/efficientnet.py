@@ -25,7 +25,7 @@ from bbfast.models._efficientnet_trunk import EfficientNetTrunk, check_num_class
 from bbfast.models._factory import register_variants
 from bbfast.models._pool import GlobalPool2d
 from bbfast.models._pretrained import HALF_MEAN_STD
-from bbfast.models._stopgap import BatchNormAct2d
+from bbfast.nn import BatchNormAct2d
 
 
 class EfficientNet(EfficientNetTrunk):
@@ -79,9 +79,7 @@ class EfficientNet(EfficientNetTrunk):
         )
         factory = {"device": device, "dtype": dtype}
         self.conv_head = create_conv2d(self.num_features, num_features, 1, **factory)
-        self.bn2 = BatchNormAct2d(
-            num_features, eps=bn_eps, momentum=bn_momentum, act=resolve_act(act_layer), **factory
-        )
+        self.bn2 = BatchNormAct2d(num_features, eps=bn_eps, momentum=bn_momentum, act=resolve_act(act_layer), **factory)
         self.num_features = num_features
         self.global_pool = GlobalPool2d(global_pool, flatten=True)
         self.head_hidden_size = num_features * self.global_pool.feat_mult()
@@ -151,9 +149,7 @@ def _mobilenet_v2(
     )
 
 
-def _efficientnet(
-    channel_multiplier: float = 1.0, depth_multiplier: float = 1.0, **model_arguments
-) -> EfficientNet:
+def _efficientnet(channel_multiplier: float = 1.0, depth_multiplier: float = 1.0, **model_arguments) -> EfficientNet:
     """Width, depth and (by the input) resolution grow together."""
     round_chs_fn = partial(round_channels, multiplier=channel_multiplier)
     defaults = {"num_features": round_chs_fn(1280), "act_layer": "swish"}
@@ -247,12 +243,8 @@ PRETRAINED_CFGS = {
     "tf_efficientnet_lite0.in1k": pretrained_cfg(**HALF_MEAN_STD),
     "tf_efficientnet_lite1.in1k": pretrained_cfg(size=240, crop_pct=0.882, **HALF_MEAN_STD),
     "tf_efficientnet_lite2.in1k": pretrained_cfg(size=260, crop_pct=0.89, **HALF_MEAN_STD),
-    "tf_efficientnet_lite3.in1k": pretrained_cfg(
-        size=300, crop_pct=0.904, interpolation="bilinear", **HALF_MEAN_STD
-    ),
-    "tf_efficientnet_lite4.in1k": pretrained_cfg(
-        size=380, crop_pct=0.92, interpolation="bilinear", **HALF_MEAN_STD
-    ),
+    "tf_efficientnet_lite3.in1k": pretrained_cfg(size=300, crop_pct=0.904, interpolation="bilinear", **HALF_MEAN_STD),
+    "tf_efficientnet_lite4.in1k": pretrained_cfg(size=380, crop_pct=0.92, interpolation="bilinear", **HALF_MEAN_STD),
 }
 
 # ---- variants --------------------------------------------------------------------------------------------

@@ -92,8 +92,7 @@ class MobileNetV3(EfficientNetTrunk):
         pooled = self.num_features * pool.feat_mult()
         if pooled != self.conv_head.in_channels:
             raise ValueError(
-                f"global_pool={global_pool!r} gives {pooled} channels but conv_head takes "
-                f"{self.conv_head.in_channels}"
+                f"global_pool={global_pool!r} gives {pooled} channels but conv_head takes {self.conv_head.in_channels}"
             )
         classifier = self._make_classifier(num_classes)
         self.num_classes = num_classes
@@ -187,9 +186,7 @@ PRETRAINED_CFGS = {
         crop_pct=0.95, test_size=256, test_crop_pct=1.0, **HALF_MEAN_STD
     ),
     "mobilenetv3_large_100.miil_in21k_ft_in1k": pretrained_cfg(interpolation="bilinear", **UNIT_MEAN_STD),
-    "mobilenetv3_large_100.miil_in21k": pretrained_cfg(
-        interpolation="bilinear", num_classes=11221, **UNIT_MEAN_STD
-    ),
+    "mobilenetv3_large_100.miil_in21k": pretrained_cfg(interpolation="bilinear", num_classes=11221, **UNIT_MEAN_STD),
     "mobilenetv3_large_150d.ra4_e3600_r256_in1k": pretrained_cfg(
         size=256, crop_pct=0.95, test_size=320, test_crop_pct=1.0, interpolation="bilinear", **HALF_MEAN_STD
     ),
@@ -230,6 +227,4 @@ _VARIANTS = {
 }
 
 register_variants(_mobilenet_v3, PRETRAINED_CFGS, _VARIANTS)
-register_variants(
-    _mobilenet_v3_rw, PRETRAINED_CFGS, {"mobilenetv3_rw": {"head_bias": False, "bn_eps": BN_EPS_TF}}
-)
+register_variants(_mobilenet_v3_rw, PRETRAINED_CFGS, {"mobilenetv3_rw": {"head_bias": False, "bn_eps": BN_EPS_TF}})
