@@ -43,8 +43,13 @@ def run(*command, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-def run_python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    return run(sys.executable, "-c", code, cwd=cwd, **environment)
+def run_python(code: str, cwd: Path, *first: Path) -> subprocess.CompletedProcess:
+    """Runs code with the folders of `first` before the site-packages that hold torch.
+
+    -S leaves out what .pth files bring: an editable install of this source tree would answer for what is missing.
+    """
+    outer = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    return run(sys.executable, "-S", "-c", code, cwd=cwd, PYTHONPATH=os.pathsep.join(map(str, (*first, *outer))))
 
 
 def succeed(result: subprocess.CompletedProcess) -> str:
@@ -101,8 +106,8 @@ def installed(wheel_from_sdist, tmp_path) -> Path:
     return unpack(wheel_from_sdist, tmp_path / "site")
 
 
-def check_imports(folder: Path, cwd: Path, **environment: str) -> None:
-    package, kernels, compiled, reason = succeed(run_python(IMPORT_ALL, cwd, **environment)).split("\n")[:4]
+def check_imports(folder: Path, cwd: Path) -> None:
+    package, kernels, compiled, reason = succeed(run_python(IMPORT_ALL, cwd, folder)).split("\n")[:4]
     assert Path(package).is_relative_to(folder)
     assert Path(kernels).is_relative_to(folder)
     assert Path(compiled).is_relative_to(folder)
@@ -111,7 +116,7 @@ def check_imports(folder: Path, cwd: Path, **environment: str) -> None:
 
 @needs_build_tools
 def test_sdist_to_wheel_installs_and_imports(installed, tmp_path):
-    check_imports(installed, tmp_path, PYTHONPATH=str(installed))
+    check_imports(installed, tmp_path)
 
 
 @needs_build_tools
@@ -129,22 +134,17 @@ def test_wheel_holds_packages_and_nothing_else(wheel_from_sdist):
 @pytest.mark.slow
 def test_wheel_from_the_source_tree(tmp_path):
     wheel = build_wheel(copy_source_tree(tmp_path / "tree"), tmp_path)
-    check_imports(tmp_path / "site", tmp_path, PYTHONPATH=str(unpack(wheel, tmp_path / "site")))
+    check_imports(unpack(wheel, tmp_path / "site"), tmp_path)
 
 
 @needs_build_tools
 def test_editable_install(wheel_from_sdist, sdist_tree, tmp_path):
     tree = sdist_tree  # the wheel left its objects there, so nothing is compiled again
-    succeed(run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path))
-    python = tmp_path / "venv" / "bin" / "python"
-    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    inner = Path(succeed(run(python, "-c", where, cwd=tmp_path)).strip())
-    # torch and the build tools come from the Python that runs this test, after whatever is installed inside.
-    outer = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    (inner / "outer.pth").write_text("\n".join(outer))
-    options = ["--no-build-isolation", "--no-deps", "--ignore-installed"]
-    succeed(run(sys.executable, "-m", "pip", "--python", python, "install", *options, "--editable", tree, cwd=tmp_path))
-    lines = succeed(run(python, "-c", IMPORT_ALL, cwd=tmp_path)).split("\n")
+    options = ["--no-build-isolation", "--no-deps", "--ignore-installed", "--prefix", tmp_path]
+    succeed(run(sys.executable, "-m", "pip", "install", *options, "--editable", tree, cwd=tmp_path))
+    (finder,) = tmp_path.glob("**/__editable__*.pth")
+    code = f"import site; site.addsitedir({str(finder.parent)!r}){IMPORT_ALL}"
+    lines = succeed(run_python(code, tmp_path)).split("\n")
     assert lines[0] == str(tree / "bbfast" / "__init__.py")
     assert lines[1] == str(tree / "triton_kernels" / "__init__.py")
     assert Path(lines[2]).parent == tree / "bbfast"
@@ -165,7 +165,7 @@ ASK = "from bbfast import extension; print(extension.load(), '|', extension.unav
 def test_absent_extension_is_a_reason(installed, tmp_path):
     (compiled,) = (installed / "bbfast").glob("_C.*.so")
     compiled.unlink()
-    output = succeed(run_python(ASK, tmp_path, PYTHONPATH=str(installed)))
+    output = succeed(run_python(ASK, tmp_path, installed))
     assert output.startswith("None | bbfast._C was not built")
 
 
@@ -183,7 +183,7 @@ def test_broken_extension_is_an_error(installed, tmp_path, damage):
     else:
         ask = f"import torch; torch.__version__ = '1.0.0'; {ASK}"
         message = "was built with torch"
-    result = run_python(ask, tmp_path, PYTHONPATH=str(installed))
+    result = run_python(ask, tmp_path, installed)
     assert result.returncode != 0
     last_line = result.stderr.strip().splitlines()[-1]
     assert last_line.startswith("bbfast.extension.BrokenExtensionError: bbfast._C")
