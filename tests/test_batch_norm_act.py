@@ -292,15 +292,14 @@ def test_opcheck(backend, memory_format, device, monkeypatch):
     x = laid_out(x, memory_format)
     grad_y, batch_mean, invstd = torch.randn_like(x), mean.clone(), var.clone()
     ops, check_op = torch.ops.bbfast, torch.library.opcheck
-    for r in (None, residual) if backend == "torch" else (residual,):
-        check_op(ops.batch_norm_act.default, (x, weight, bias, r, mean, var, 1e-5, "relu"))
-        check_op(ops.batch_norm_act_train.default, (x, weight, None, r, mean, var, 0.1, 1e-5, "silu"))
-        check_op(ops.batch_norm_act_train.default, (x, None, bias, r, None, None, 0.1, 1e-5, "silu"))
-        for act in ("relu", "identity"):
-            rest = (batch_mean, invstd, None, None, True, 1e-5, act)
-            check_op(ops.batch_norm_act_backward.default, (grad_y, x, weight, bias, r, *rest))
-            rest = (None, None, mean, var, False, 1e-5, act)
-            check_op(ops.batch_norm_act_backward.default, (grad_y, x, None, bias, r, *rest))
+    check_op(ops.batch_norm_act.default, (x, weight, bias, residual, mean, var, 1e-5, "relu"))
+    check_op(ops.batch_norm_act_train.default, (x, weight, None, residual, mean, var, 0.1, 1e-5, "silu"))
+    check_op(ops.batch_norm_act_train.default, (x, None, bias, None, None, None, 0.1, 1e-5, "silu"))
+    for act in ("relu", "identity"):
+        rest = (batch_mean, invstd, None, None, True, 1e-5, act)
+        check_op(ops.batch_norm_act_backward.default, (grad_y, x, weight, bias, residual, *rest))
+    rest = (None, None, mean, var, False, 1e-5, "relu")
+    check_op(ops.batch_norm_act_backward.default, (grad_y, x, None, bias, None, *rest))
     check_op(ops.batch_norm_act.default, (x, None, None, None, None, None, 1e-5, "identity"))
 
 

@@ -113,6 +113,8 @@ def _train_impl(x, weight, bias, residual, running_mean, running_var, momentum, 
 
 
 def _backward_impl(grad_y, x, weight, bias, residual, *rest):
+    if rest[-1] == "identity":  # its gradient is grad_y itself, which an op must not hand out again
+        residual = None
     args = (grad_y, x, weight, bias, residual, *rest)
     if x.numel() == 0:
         return tuple(output.zero_() for output in _backward_fake(*args))
