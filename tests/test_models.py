@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 import re
+import statistics
 
 import numerics
 import pytest
@@ -21,8 +22,8 @@ timm = pytest.importorskip("timm")
 
 NAMES = bbfast.list_models()
 # A double precision twin of the huge takes gigabytes, a training step of the large seconds.
-HUGE = [name for name in NAMES if name.endswith(("_b8", "_l2"))]
-LARGE = [name for name in NAMES if re.search("_(b[3-7]|lite[34]|150d|120d)$", name)]
+HUGE = [name for name in NAMES if name.endswith(("_b6", "_b7", "_b8", "_l2"))]
+LARGE = [name for name in NAMES if re.search("_(b[3-5]|lite[34]|150d|120d)$", name)]
 AT_FULL_SIZE = [
     "mobilenetv3_large_100",
     "tf_mobilenetv3_small_100",
@@ -119,11 +120,12 @@ def assert_forward_agrees(name: str, size: int, batch: int = 2) -> None:
 def assert_training_agrees(name: str, size: int, *, train: bool = True, batch: int = 3) -> None:
     """Compares output, gradients and running statistics of one step in single precision by the rule.
 
-    The slopes of ReLU and hard-swish jump. Where rounding takes one activation of a hundred thousand across a jump,
-    single precision gradients differ by far more than rounding, in ours or in timm's; such a draw proves nothing and
-    the next one is taken. What is wrong in the model fails every draw.
+    A draw can prove nothing: where rounding takes one activation of a hundred thousand across a jump in the slope of
+    ReLU or hard-swish, and where one BatchNorm of a nearly constant channel blows all rounding before it up, so that
+    the largest errors of two sound computations differ by more than the rule's factor. Then the next one is taken.
+    What is wrong in the model fails every draw.
     """
-    for attempts_left in (2, 1, 0):
+    for attempts_left in reversed(range(5)):
         try:
             return _assert_training_agrees(name, size, train, batch)
         except AssertionError:
@@ -136,20 +138,28 @@ def _assert_training_agrees(name: str, size: int, train: bool, batch: int) -> No
     state = random_state(name, **arguments)
     x, grad_out = torch.randn(batch, 3, size, size), torch.randn(batch, 7)
 
-    def step(library, dtype):
-        return training_step(make(library, name, state, dtype, **arguments), x, grad_out, train=train)
+    def step(library, dtype, memory_format=torch.contiguous_format):
+        model = make(library, name, state, dtype, **arguments).to(memory_format=memory_format)
+        return training_step(model, x.contiguous(memory_format=memory_format), grad_out, train=train)
 
     exact, ours, theirs = step(timm, torch.float64), step(bbfast, torch.float32), step(timm, torch.float32)
     assert ours.keys() == exact.keys()
     scale = largest_gradient(exact)
     rows = batch * size * size // 4  # pixels of the stem's map
+    gradients = [key for key, value in exact.items() if key.startswith("gradient") and value.abs().max() > 1e-9 * scale]
+    # Hundreds of tensors inherit the same rounding of what comes before them, and in some it cancels by luck: two
+    # memory formats round in two ways, and the usual error stands in where a tensor's own is smaller.
+    formats = (theirs, step(timm, torch.float32, torch.channels_last))
+    worst = {key: max((their[key] - exact[key]).abs().max().item() for their in formats) for key in gradients}
+    usual = statistics.quantiles([worst[key] / exact[key].abs().max().item() for key in gradients], n=10)[-1]
     for key, value in exact.items():
         if key.endswith("num_batches_tracked"):
             assert torch.equal(ours[key], value), key
         elif not key.startswith("gradient"):
             numerics.assert_within_rule(key, ours[key], value, theirs[key])
-        elif value.abs().max().item() > 1e-9 * scale:
-            numerics.assert_within_rule(key, ours[key], value, theirs[key], rows=rows)
+        elif key in gradients:
+            error = max(worst[key], usual * value.abs().max().item())
+            numerics.assert_within_rule(key, ours[key], value, (value + error).float(), rows=rows)
 
 
 def largest_gradient(step: dict) -> float:
@@ -292,12 +302,12 @@ def test_empty_batch():
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "mobilenetv2_035"])
-@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", "fast", "fastmax", ""])
-@pytest.mark.parametrize("num_classes", [0, 5])
+@pytest.mark.parametrize(
+    ("pool", "num_classes"),
+    [("avg", 5), ("max", 5), ("avgmax", 5), ("catavgmax", 5), ("fastmax", 5), ("avg", 0), ("", 0)],
+)
 def test_head_agrees(name, pool, num_classes):
     arguments = {"num_classes": num_classes, "global_pool": pool}
-    if not pool and num_classes:
-        arguments["num_classes"] = 0  # a linear classifier of an unpooled map is an error in timm too
     state, x = random_state(name, **arguments), torch.randn(2, 3, SMALL, 65)
     ours, theirs = (make(library, name, state, torch.float64, **arguments) for library in (bbfast, timm))
     assert ours.head_hidden_size == theirs.head_hidden_size
@@ -408,17 +418,23 @@ def test_constructed_on_a_device_and_in_a_dtype():
     assert {t.dtype for t in tensors} == {torch.float16, torch.int64}
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_compiles_without_graph_breaks(train):
+def test_training_compiles_without_graph_breaks():
     name = "mobilenetv3_small_050"
     state, x, grad_out = random_state(name, num_classes=7), torch.randn(3, 3, 64, 64), torch.randn(3, 7)
-    model = make(bbfast, name, state, num_classes=7).train(train)
-    compiled_model = make(bbfast, name, state, num_classes=7).train(train)
+    compiled_model = make(bbfast, name, state, num_classes=7)
     compiled_model.compile(fullgraph=True, backend="aot_eager")
-    eager = training_step(model, x, grad_out, train=train)
-    compiled = training_step(compiled_model, x, grad_out, train=train)
+    compiled = training_step(compiled_model, x, grad_out)
+    eager = training_step(make(bbfast, name, state, num_classes=7), x, grad_out)
     for key, value in eager.items():
         torch.testing.assert_close(compiled[key], value, rtol=1e-4, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_inference_compiles_without_graph_breaks():
+    name = "mobilenetv3_small_050"
+    model, x = make(bbfast, name, random_state(name)), torch.randn(3, 3, 64, 64)
+    eager = forward(model, x)
+    model.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(forward(model, x), eager, rtol=1e-4, atol=1e-4)
 
 
 # ---- bad arguments ---------------------------------------------------------------------------------------

@@ -100,9 +100,7 @@ def test_is_model():
 
 
 def test_unknown_name_gets_close_matches():
-    with pytest.raises(
-        RuntimeError, match="unknown model 'mobilenetv3_larg_100'; did you mean mobilenetv3_large_100"
-    ):
+    with pytest.raises(RuntimeError, match="unknown model 'mobilenetv3_larg_100'; did you mean mobilenetv3_large_100"):
         bbfast.create_model("mobilenetv3_larg_100")
     with pytest.raises(RuntimeError, match=r"unknown model 'zzz'; bbfast.list_models"):
         models.model_entrypoint("zzz")
@@ -119,13 +117,9 @@ def test_tags():
     assert model.num_classes == model.get_classifier().out_features == 11221
     assert model.pretrained_cfg["hf_hub_id"] == "timm/mobilenetv3_large_100.miil_in21k"
     assert model.pretrained_cfg["tag"] == "miil_in21k"
-    assert (
-        bbfast.create_model("mobilenetv3_large_100.miil_in21k", num_classes=5, device="meta").num_classes == 5
-    )
+    assert bbfast.create_model("mobilenetv3_large_100.miil_in21k", num_classes=5, device="meta").num_classes == 5
     assert bbfast.create_model("mobilenetv3_large_100", device="meta").pretrained_cfg["tag"] == "ra_in1k"
-    with pytest.raises(
-        RuntimeError, match="no pretrained tag 'nope'; known tags: ra_in1k, ra4_e3600_r224_in1k"
-    ):
+    with pytest.raises(RuntimeError, match="no pretrained tag 'nope'; known tags: ra_in1k, ra4_e3600_r224_in1k"):
         bbfast.create_model("mobilenetv3_large_100.nope")
 
 
