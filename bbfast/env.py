@@ -1,10 +1,9 @@
 """The environment variables that steer bbfast, read when an op runs and checked where they are read.
 
-| variable | values | meaning |
-|---|---|---|
-| `BBFAST_BACKEND` | `auto` (default), `triton`, `cuda`, `cpp`, `onednn`, `torch` | the one kernel backend that ops may use; `torch` is the reference |
-| `BBFAST_STRICT` | `0` (default), `1` | raise, with all the reasons, where an op would fall back to the reference |
-| `TRITON_INTERPRET` | `0` (default), `1` | Triton's own: kernels run on CPU tensors; must be set before bbfast is imported |
+BBFAST_BACKEND: the one kernel backend that ops may use: auto (default), triton, cuda, cpp, onednn, or torch, which is
+    the reference.
+BBFAST_STRICT: 1 raises, with all the reasons, where an op would fall back to the reference; 0 is the default.
+TRITON_INTERPRET: Triton's own: with 1 kernels run on CPU tensors. Must be set before bbfast is imported.
 """
 
 from __future__ import annotations

@@ -329,7 +329,7 @@ def test_fallback_warns_once_per_reason(device, monkeypatch):
 def test_unknown_environment_values_raise(device, monkeypatch):
     x, weight = torch.randn(1, 3, 5, 5, device=device), torch.randn(3, 1, 3, 3, device=device)
     monkeypatch.setenv("BBFAST_BACKEND", "tritan")
-    with pytest.raises(ValueError, match="BBFAST_BACKEND='tritan'.*triton"):
+    with pytest.raises(ValueError, match=r"BBFAST_BACKEND='tritan'.*triton"):
         op(x, weight, None, None, None, None)
     monkeypatch.setenv("BBFAST_BACKEND", "auto")
     monkeypatch.setenv("BBFAST_STRICT", "yes")

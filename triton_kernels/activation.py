@@ -26,9 +26,10 @@ INV_SQRT_2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
 def activation(x, ACT: tl.constexpr):
     """act(x) for an fp32 tile."""
     if ACT == "relu":
-        x = tl.where(x < 0.0, 0.0, x)
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "relu6":
-        x = tl.where(x < 0.0, 0.0, tl.where(x > 6.0, 6.0, x))
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.minimum(x, 6.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "hardswish":
         gate = x * (1.0 / 6.0) + 0.5
         x = x * tl.minimum(tl.maximum(gate, 0.0), 1.0)

@@ -24,8 +24,6 @@ import triton.language as tl
 from .activation import activation, activation_grad
 from .batch_statistics import finalize_statistics, sum_partials
 from .channel_tile import (
-    Geometry,
-    compile_geometries,
     geometry,
     load_per_channel,
     load_tile,
@@ -38,7 +36,6 @@ from .channel_tile import (
     tile_place,
     zero_tile,
 )
-from .compile_case import CompileCase
 
 # Programs per multiprocessor. Those that leave partials are fewer, so that the second stage stays short.
 ELEMENTWISE_PROGRAMS = 32
@@ -504,72 +501,3 @@ def _dense(vector: torch.Tensor | None) -> torch.Tensor | None:
 
 
 # ---- what the kernels can be compiled as -----------------------------------------------------------------
-
-
-def compile_cases() -> list[CompileCase]:
-    """Each kernel with every tile that the heuristic can choose, and with strides that forbid vectors.
-
-    bfloat16 with residual and gelu, which needs most registers; one tile of each layout also in float32.
-    """
-    cases = []
-    for description, walked in compile_geometries():
-        dtypes = ("bf16", "fp32") if walked.tile.block_c == 64 or walked.tile.block_p == 1024 else ("bf16",)
-        for dtype in dtypes:
-            cases += _compile_cases(f"{description}, {dtype}", walked, f"*{dtype}")
-    return cases
-
-
-def _compile_cases(description: str, walked: Geometry, values: str) -> list[CompileCase]:
-    pointers = dict.fromkeys(("mean_ptr", "spread_ptr", "weight_ptr", "bias_ptr"), "*fp32")
-    forward_arguments = {"x_ptr": values, "residual_ptr": values, "eps": "fp32"} | pointers
-    backward_arguments = forward_arguments | {"grad_ptr": values}
-    partials, sums = {"partials_ptr": "*fp32"}, {"sum_gx_ptr": "*fp32", "sum_g_ptr": "*fp32"}
-    outputs = {"grad_x_ptr": values, "grad_residual_ptr": values, "count": "fp32"}
-    batch, running = ({"STATISTICS": name, "ACT": "gelu"} for name in ("batch", "running"))
-    variants = [
-        ("statistics", _batch_norm_statistics_kernel, ("x",), {"x_ptr": values} | partials, {}),
-        (
-            "forward",
-            _batch_norm_act_forward_kernel,
-            ("x", "y", "r"),
-            forward_arguments | {"y_ptr": values},
-            running,
-        ),
-        (
-            "backward sums",
-            _batch_norm_act_backward_sums_kernel,
-            ("x", "g", "r"),
-            backward_arguments | partials,
-            batch,
-        ),
-        (
-            "backward input, train",
-            _batch_norm_act_backward_input_kernel,
-            ("x", "g", "r", "dx", "dr"),
-            backward_arguments | sums | outputs,
-            batch | {"partials_ptr": None},
-        ),
-        (
-            "backward input, eval",
-            _batch_norm_act_backward_input_kernel,
-            ("x", "g", "r", "dx", "dr"),
-            backward_arguments | partials | outputs,
-            running | dict.fromkeys(sums, None),
-        ),
-    ]
-    cases = []
-    for name, kernel, tensors, signature, constants in variants:
-        walk_types, walk_constants = walked.compile_arguments(tensors)
-        cases.append(
-            CompileCase(
-                op="batch_norm_act",
-                description=f"{name}, {description}",
-                kernel=kernel,
-                signature=signature | walk_types,
-                constexprs=constants | walk_constants,
-                num_warps=BACKWARD_WARPS if name.startswith("backward") else FORWARD_WARPS,
-                divisible_by_16=tuple(n for n, kind in signature.items() if kind.startswith("*")),
-                outputs=walked.tile.block_c * walked.tile.block_p,
-            )
-        )
-    return cases

@@ -13,8 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .compile_case import CompileCase
-
 
 @triton.jit
 def merge_welford(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
@@ -198,41 +196,3 @@ def sum_partials(partials: torch.Tensor) -> torch.Tensor:
             num_warps=config.num_warps,
         )
     return sums
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every configuration that `reduce_config` can choose."""
-    cases = []
-    for config in (FEW_COLUMNS, MANY_COLUMNS):
-        tile = f"{config.block_p} partials x {config.block_k} columns"
-        pointers = ("partials_ptr", "mean_ptr", "invstd_ptr", "running_mean_ptr", "running_var_ptr")
-        cases.append(
-            CompileCase(
-                op="batch_statistics",
-                description=f"finalize statistics, {tile}",
-                kernel=_finalize_statistics_kernel,
-                signature=dict.fromkeys(pointers, "*fp32")
-                | {"num_partials": "i32", "num_channels": "i32", "momentum": "fp32", "eps": "fp32"},
-                constexprs={"HAS_RUNNING": True, "BLOCK_P": config.block_p, "BLOCK_C": config.block_k},
-                num_warps=config.num_warps,
-                divisible_by_16=(*pointers, "num_channels"),
-            )
-        )
-        cases.append(
-            CompileCase(
-                op="batch_statistics",
-                description=f"sum of partials, {tile}",
-                kernel=_sum_partials_kernel,
-                signature={
-                    "partials_ptr": "*fp32",
-                    "sums_ptr": "*fp32",
-                    "num_partials": "i32",
-                    "num_columns": "i32",
-                },
-                constexprs={"BLOCK_P": config.block_p, "BLOCK_K": config.block_k},
-                num_warps=config.num_warps,
-                divisible_by_16=("partials_ptr", "sums_ptr", "num_columns"),
-                outputs=config.block_k,
-            )
-        )
-    return cases

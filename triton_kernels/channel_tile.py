@@ -11,7 +11,7 @@ vectors. Tiles start at 64-bit offsets; within a tile offsets take 32 bits where
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -264,14 +264,6 @@ class Geometry:
         """The same walk with its tensors in another order."""
         return replace(self, strides=tuple(self.strides[index] for index in order))
 
-    def compile_arguments(self, tensors: Sequence[str]) -> tuple[dict[str, str], dict]:
-        """(types, constants) of the arguments made here, where `tensors` stand in the names of the strides."""
-        inner = "c" if self.channels_last else "w"
-        constants = {"WALK": self.walk} | {f"stride_{tensor}{inner}": 1 for tensor in tensors}
-        names = ["tiles", "tiles_per_program", *SIZE_ARGUMENTS]
-        names += [f"stride_{tensor}{axis}" for tensor in tensors for axis in "nchw"]
-        return {name: "i32" for name in names if name not in constants}, constants
-
     def split(self, device: torch.device, programs_per_multiprocessor: int, most: int) -> Split:
         """Cuts each channel block's tiles into runs, enough of them to keep the device busy."""
         tiles = self.samples * self.sample_tiles
@@ -351,17 +343,3 @@ def geometry(tensors: Sequence[torch.Tensor], *, merge_samples: bool) -> Geometr
 def _strides(x: torch.Tensor) -> tuple[int, int, int, int]:
     """x's strides, with 0 for axes of size 1, whose stride means nothing."""
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride()))
-
-
-def compile_geometries() -> Iterator[tuple[str, Geometry]]:
-    """A geometry, with a description, for each tile that `tile_config` can choose, and awkward strides."""
-    for channels in (8, 24, 32, 64):
-        x = torch.empty((128, 56, 56, channels), device="meta").permute(0, 3, 1, 2)
-        yield f"NHWC, {channels} channels", geometry([x] * 3, merge_samples=True)
-    for size in (4, 7, 14, 28):
-        x = torch.empty((128, 96, size, size), device="meta")
-        yield f"NCHW, {size}x{size}", geometry([x] * 3, merge_samples=True)
-    x = torch.empty((128, 64, 64, 67), device="meta").permute(0, 3, 1, 2)
-    yield "NHWC, sliced, odd channels", geometry([x[:, :, 1:, 1:]] * 3, merge_samples=True)
-    x = torch.empty((128, 67, 33, 33), device="meta")
-    yield "NCHW, sliced, odd width", geometry([x[:, :, 1:, 2:]] * 3, merge_samples=True)

@@ -46,6 +46,7 @@ class LaunchConfig:
         span: positions of S that a program walks over, a multiple of tile_s.
         images: images that a program sums over (kernels that reduce).
         rows: kernel rows per program (weight gradient only).
+        max_registers: the compiler's limit per thread.
     """
 
     block_t: int
@@ -55,6 +56,7 @@ class LaunchConfig:
     span: int
     images: int = 1
     rows: int = 1
+    max_registers: int = 255
 
 
 def choose_tile(channels_last: bool, channels: int, size_t: int, kernel_t: int, stride_t: int) -> tuple[int, int, int]:
@@ -120,7 +122,11 @@ def choose_config(
     images = 1
     if kernel in ("statistics", "conv_grad", "weight_grad"):
         images = max(1, tiles * triton.cdiv(size_s, span) * batch // ENOUGH_PROGRAMS)
-    return LaunchConfig(block_t, block_c, tile_s, num_warps, span, images, rows)
+    # 168 registers make room for 12 warps per multiprocessor, and 3x3 forwards of stride 1 fit in them. The others
+    # name the hardware's own limit, since ptxas left alone may prefer 128 and a spill.
+    fits = kernel == "forward" and max(kernel_size) <= 3 and max(stride) == 1
+    max_registers = 168 if fits else 255
+    return LaunchConfig(block_t, block_c, tile_s, num_warps, span, images, rows, max_registers)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------
@@ -186,6 +192,7 @@ class _Problem:
             "TILE_S": config.tile_s,
             "T_AXIS": 0 if self.channels_last else 1,
             "num_warps": config.num_warps,
+            "maxnreg": config.max_registers,
         }
 
     def config(self, kernel):

@@ -323,9 +323,10 @@ def _forward_kernel(
         tl.store(squeeze_ptr, sums.to(squeeze_ptr.dtype.element_ty), mask=mask_c)
 
 
-# A program takes BLOCK_T x span pixels of BLOCK_C channels of several images and writes one (count, mean, M2,
-# rounding of the mean) per channel. Each lane keeps its own Welford triple, fed with the mean and M2 of TILE_S values at a time, relative to the
-# lane's first value (anchor), so that a large mean beside a small deviation costs no digits.
+# A program takes BLOCK_T x span pixels of BLOCK_C channels of several images and writes one (count, mean, M2, what
+# rounding took from the mean) per channel. Each lane keeps its own Welford triple, fed with the mean and M2 of TILE_S
+# values at a time, relative to the lane's first value (anchor), so that a large mean beside a small deviation costs
+# no digits.
 @triton.jit
 def _statistics_kernel(
     x_ptr,

@@ -20,8 +20,6 @@ import triton.language as tl
 
 from .batch_statistics import sum_partials
 from .channel_tile import (
-    Geometry,
-    compile_geometries,
     flat_samples,
     geometry,
     load_per_channel,
@@ -34,7 +32,6 @@ from .channel_tile import (
     tile_place,
     zero_tile,
 )
-from .compile_case import CompileCase
 
 # Programs per multiprocessor. Those that leave partials are fewer, so that the second stage stays short.
 ELEMENTWISE_PROGRAMS = 32
@@ -239,55 +236,3 @@ def backward(
 
 def _dense(vector: torch.Tensor | None) -> torch.Tensor | None:
     return vector if vector is None or vector.is_contiguous() else vector.contiguous()
-
-
-def compile_cases() -> list[CompileCase]:
-    """Each kernel with every tile that the heuristic can choose, and with strides that forbid vectors.
-
-    bfloat16, with a layer scale; a flat sample, which has none, without; one tile of each layout in float32 too.
-    """
-    cases = []
-    for description, walked in compile_geometries():
-        dtypes = ("bf16", "fp32") if walked.tile.block_c == 64 or walked.tile.block_p == 1024 else ("bf16",)
-        for dtype in dtypes:
-            cases += _compile_cases(f"{description}, {dtype}", walked, f"*{dtype}", scaled=True)
-    tokens = [torch.empty((128, 96, 1, 49), device="meta")] * 3
-    flat = geometry(flat_samples(tokens), merge_samples=False)
-    return cases + _compile_cases("flat sample, bf16", flat, "*bf16", scaled=False)
-
-
-def _compile_cases(description: str, walked: Geometry, values: str, scaled: bool) -> list[CompileCase]:
-    multiplier = {"multiplier_ptr": values}
-    scale, partials = {"layer_scale_ptr": "*fp32"}, {"partials_ptr": "*fp32"}
-    constants = {} if scaled else {"layer_scale_ptr": None}
-    forward_types = dict.fromkeys(("residual_ptr", "branch_ptr", "y_ptr"), values) | multiplier
-    backward_types = dict.fromkeys(("grad_ptr", "grad_branch_ptr"), values) | multiplier
-    if scaled:
-        forward_types |= scale
-        backward_types |= {"branch_ptr": values} | scale | partials
-    variants = [
-        ("forward", _drop_path_add_forward_kernel, ("r", "b", "y"), forward_types, constants),
-        (
-            "backward",
-            _drop_path_add_backward_kernel,
-            ("g", "b", "db"),
-            backward_types,
-            constants if scaled else constants | {"branch_ptr": None, "partials_ptr": None},
-        ),
-    ]
-    cases = []
-    for name, kernel, tensors, signature, absent in variants:
-        walk_types, walk_constants = walked.compile_arguments(tensors)
-        cases.append(
-            CompileCase(
-                op="drop_path_add",
-                description=f"{name}, {description}",
-                kernel=kernel,
-                signature=signature | walk_types,
-                constexprs=absent | walk_constants,
-                num_warps=WARPS,
-                divisible_by_16=tuple(n for n, kind in signature.items() if kind.startswith("*")),
-                outputs=walked.tile.block_c * walked.tile.block_p,
-            )
-        )
-    return cases

@@ -1,0 +1,52 @@
+"""Kernels compiled for real GPUs, as their launchers would launch them: no spills, wide accesses, small halos.
+
+Runs `python -m benchmarks.kernels --check` in a process of its own, where Triton compiles instead of interpreting.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def _check(tmp_path, sets, archs):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    output = tmp_path / "kernels.json"
+    command = [sys.executable, "-m", "benchmarks.kernels", "--check", "--json", output]
+    command += ["--set", *sets, "--arch", *map(str, archs)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(output.read_text())["reports"]
+
+
+def test_mobilenetv3_layers(tmp_path):
+    reports = _check(tmp_path, ["mobilenetv3"], [80, 90, 100])
+    forwards = [report for report in reports if report["kernel"] == "forward_kernel"]
+    assert {report["arch"] for report in forwards} == {80, 90, 100} and len(forwards) == 36
+    for report in forwards:
+        assert any(opcode.startswith("LDG.E") and opcode.endswith(".128") for opcode in report["opcodes"]), report
+        assert any(opcode.startswith("STG.E") and opcode.endswith(".128") for opcode in report["opcodes"]), report
+        assert report["halo"] <= 1.15, report
+
+
+def test_training_kernels(tmp_path):
+    reports = _check(tmp_path, ["training"], [90])
+    names = {report["kernel"] for report in reports}
+    assert {"statistics_kernel", "conv_grad_kernel", "input_grad_kernel", "weight_grad_kernel"} <= names
+
+
+@pytest.mark.slow
+def test_training_kernels_of_other_architectures(tmp_path):
+    _check(tmp_path, ["training"], [80, 100])
+
+
+@pytest.mark.slow
+def test_sweep(tmp_path):
+    _check(tmp_path, ["sweep"], [80, 90, 100])
