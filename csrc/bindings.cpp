@@ -70,17 +70,38 @@ py::tuple device_info() {
 #endif
 }
 
+using OptionalTensor = std::optional<at::Tensor>;
+
+std::tuple<at::Tensor, at::Tensor> depthwise(
+    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
+    const OptionalTensor& bn_bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    std::array<int64_t, 2> stride, std::array<int64_t, 4> padding, std::array<int64_t, 2> dilation, double eps,
+    const std::string& act, bool squeeze) {
+  const BatchNorm bn{bias, bn_weight, bn_bias, running_mean, running_var, eps};
+  return depthwise_conv_bn_act_cpu(x, weight, bn, stride, padding, dilation, act, squeeze);
+}
+
+at::Tensor pointwise(
+    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
+    const OptionalTensor& bn_bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& residual, double eps, const std::string& act) {
+  const BatchNorm bn{bias, bn_weight, bn_bias, running_mean, running_var, eps};
+  return pointwise_conv_bn_act_cpu(x, weight, bn, residual, act);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "bbfast's C++ and CUDA kernels; use them through bbfast.ops.";
   m.def("build_info", &build_info, "What this library was built with, as a dict.");
   m.def("device_info", &device_info, "(list of a dict per GPU, reason why it is empty or None).");
-  m.def("depthwise_conv_bn_act", &depthwise_conv_bn_act_cpu, py::arg("x"), py::arg("weight"), py::arg("scale"),
-        py::arg("shift"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("act"),
-        py::arg("squeeze"), py::call_guard<py::gil_scoped_release>(),
-        "Depthwise conv + scale and shift + act of a channels_last float32 CPU map: (y, squeeze means or empty).");
-  m.def("pointwise_conv_bn_act", &pointwise_conv_bn_act_cpu, py::arg("x"), py::arg("weight"), py::arg("scale"),
-        py::arg("shift"), py::arg("residual"), py::arg("act"), py::call_guard<py::gil_scoped_release>(),
-        "Pointwise conv + scale and shift + residual + act of a channels_last float32 CPU map.");
+  m.def("depthwise_conv_bn_act", &depthwise, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("bn_weight"),
+        py::arg("bn_bias"), py::arg("running_mean"), py::arg("running_var"), py::arg("stride"), py::arg("padding"),
+        py::arg("dilation"), py::arg("eps"), py::arg("act"), py::arg("squeeze"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Depthwise conv + BatchNorm + act of a channels_last float32 CPU map: (y, squeeze means or empty).");
+  m.def("pointwise_conv_bn_act", &pointwise, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("bn_weight"),
+        py::arg("bn_bias"), py::arg("running_mean"), py::arg("running_var"), py::arg("residual"), py::arg("eps"),
+        py::arg("act"), py::call_guard<py::gil_scoped_release>(),
+        "Pointwise conv + BatchNorm + residual + act of a channels_last float32 CPU map.");
 }

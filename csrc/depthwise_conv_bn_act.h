@@ -7,14 +7,15 @@
 #include <string>
 #include <tuple>
 
+#include "batch_norm.h"
+
 namespace bbfast {
 
-// Depthwise convolution, per-channel scale and shift, and activation of a channels_last float32 map on the CPU.
+// Depthwise convolution, BatchNorm with running statistics, and activation of a channels_last float32 map on the CPU.
 //
 //   x        [N, C, H, W]   channels side by side in memory (stride 1); batch, rows and columns at any stride
 //   weight   [C, 1, kh, kw] any strides; free of copies when stored as [kh, kw, C]
-//   scale    [C]            multiplies the convolution's sum
-//   shift    [C]            is added after that
+//   bn       [C]            each of its tensors, or absent; any strides and floating-point dtypes
 //   padding  top, bottom, left, right, in pixels
 //   act      identity, relu, relu6, hardswish, silu or gelu (erf)
 //
@@ -24,8 +25,7 @@ namespace bbfast {
 std::tuple<at::Tensor, at::Tensor> depthwise_conv_bn_act_cpu(
     const at::Tensor& x,
     const at::Tensor& weight,
-    const at::Tensor& scale,
-    const at::Tensor& shift,
+    const BatchNorm& bn,
     std::array<int64_t, 2> stride,
     std::array<int64_t, 4> padding,
     std::array<int64_t, 2> dilation,

@@ -272,13 +272,6 @@ void check_float_cpu(const char* name, const at::Tensor& t) {
   TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat, name, " must be float32, got ", t.scalar_type());
 }
 
-void check_channel_vector(const char* name, const at::Tensor& t, int64_t channels) {
-  check_float_cpu(name, t);
-  TORCH_CHECK_VALUE(
-      t.dim() == 1 && t.size(0) == channels,
-      name, " must have shape [", channels, "], one value per channel, got ", t.sizes());
-}
-
 template <size_t COUNT>
 void check_at_least(const char* name, const std::array<int64_t, COUNT>& values, int64_t minimum) {
   for (const int64_t value : values) {
@@ -296,7 +289,7 @@ int64_t output_size(
   return (padded - extent) / stride + 1;
 }
 
-void check_tensors(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, const at::Tensor& shift) {
+void check_tensors(const at::Tensor& x, const at::Tensor& weight) {
   check_float_cpu("x", x);
   TORCH_CHECK_VALUE(x.dim() == 4, "x must have 4 dimensions [N, C, H, W], got shape ", x.sizes());
   const int64_t channels = x.size(1);
@@ -308,8 +301,6 @@ void check_tensors(const at::Tensor& x, const at::Tensor& weight, const at::Tens
   TORCH_CHECK_VALUE(
       weight.dim() == 4 && weight.size(0) == channels && weight.size(1) == 1 && weight.numel() > 0,
       "weight must have shape [", channels, ", 1, kh, kw] with C as in x, got ", weight.sizes());
-  check_channel_vector("scale", scale, channels);
-  check_channel_vector("shift", shift, channels);
 }
 
 // As many channels as keep the weights in a quarter of a 32 KiB L1 cache: a row is then read in long runs, which the
@@ -342,14 +333,13 @@ std::string cpu_instruction_set() { return INSTRUCTION_SET.name; }
 std::tuple<at::Tensor, at::Tensor> depthwise_conv_bn_act_cpu(
     const at::Tensor& x,
     const at::Tensor& weight,
-    const at::Tensor& scale,
-    const at::Tensor& shift,
+    const BatchNorm& bn,
     std::array<int64_t, 2> stride,
     std::array<int64_t, 4> padding,
     std::array<int64_t, 2> dilation,
     const std::string& act,
     bool squeeze) {
-  check_tensors(x, weight, scale, shift);
+  check_tensors(x, weight);
   check_at_least("stride", stride, 1);
   check_at_least("padding", padding, 0);
   check_at_least("dilation", dilation, 1);
@@ -359,18 +349,18 @@ std::tuple<at::Tensor, at::Tensor> depthwise_conv_bn_act_cpu(
       output_size('H', x.size(2), top, bottom, weight.size(2), dilation[0], stride[0]);
   const int64_t out_width = output_size('W', x.size(3), left, right, weight.size(3), dilation[1], stride[1]);
 
-  // Contiguous [kh, kw, C], [C] and [C], copied only where they are not stored so; the outputs in the layouts promised.
+  // Contiguous [kh, kw, C], copied only where it is not stored so; the outputs in the layouts promised.
   const at::Tensor taps = weight.detach().permute({2, 3, 1, 0}).contiguous();
-  const at::Tensor scales = scale.detach().contiguous();
-  const at::Tensor shifts = shift.detach().contiguous();
+  std::vector<float> vectors(2 * channels);
+  fold_batch_norm(bn, channels, vectors.data(), vectors.data() + channels);
   const auto options = x.options().requires_grad(false);
   const at::Tensor y = at::empty({batch, out_height, out_width, channels}, options);
   const at::Tensor squeezed = at::empty(
       squeeze ? std::vector<int64_t>{batch, channels} : std::vector<int64_t>{0}, options);
 
   const Layer layer{
-      x.const_data_ptr<float>(), taps.const_data_ptr<float>(), scales.const_data_ptr<float>(),
-      shifts.const_data_ptr<float>(), y.mutable_data_ptr<float>(),
+      x.const_data_ptr<float>(), taps.const_data_ptr<float>(), vectors.data(),
+      vectors.data() + channels, y.mutable_data_ptr<float>(),
       channels, x.size(2), x.size(3), out_height, out_width,
       x.stride(0), x.stride(2), x.stride(3),
       weight.size(2), weight.size(3), stride[0], stride[1], dilation[0], dilation[1], top, left,

@@ -5,14 +5,15 @@
 #include <optional>
 #include <string>
 
+#include "batch_norm.h"
+
 namespace bbfast {
 
-// act(conv1x1(x) * scale + shift + residual) of a dense channels_last float32 map on the CPU, stride 1.
+// act(batch_norm(conv1x1(x)) + residual) of a dense channels_last float32 map on the CPU, stride 1.
 //
 //   x         [N, C, H, W]  channels_last; the pixels must follow each other at one stride
 //   weight    [O, C, 1, 1]  any strides
-//   scale     [O]           multiplies the convolution's sum
-//   shift     [O]           is added after that
+//   bn        [O]           each of its tensors, or absent; any strides and floating-point dtypes
 //   residual  [N, O, H, W]  channels_last like x, or none
 //   act       identity, relu, relu6, hardswish, silu or gelu (erf)
 //
@@ -21,8 +22,7 @@ namespace bbfast {
 at::Tensor pointwise_conv_bn_act_cpu(
     const at::Tensor& x,
     const at::Tensor& weight,
-    const at::Tensor& scale,
-    const at::Tensor& shift,
+    const BatchNorm& bn,
     const std::optional<at::Tensor>& residual,
     const std::string& act);
 

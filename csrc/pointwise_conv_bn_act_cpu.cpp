@@ -245,8 +245,7 @@ int64_t pixel_stride(const char* name, const at::Tensor& t) {
 at::Tensor pointwise_conv_bn_act_cpu(
     const at::Tensor& x,
     const at::Tensor& weight,
-    const at::Tensor& scale,
-    const at::Tensor& shift,
+    const BatchNorm& bn,
     const std::optional<at::Tensor>& residual,
     const std::string& act) {
   check_float_cpu("x", x, 4);
@@ -256,10 +255,6 @@ at::Tensor pointwise_conv_bn_act_cpu(
   TORCH_CHECK_VALUE(
       channels > 0 && out_channels > 0 && weight.size(1) == channels && weight.size(2) == 1 && weight.size(3) == 1,
       "weight must have shape [O, ", channels, ", 1, 1] with C as in x, got ", weight.sizes());
-  for (const auto& [name, vector] : {std::pair<const char*, const at::Tensor&>{"scale", scale}, {"shift", shift}}) {
-    check_float_cpu(name, vector, 1);
-    TORCH_CHECK_VALUE(vector.size(0) == out_channels, name, " must have shape [", out_channels, "], got ", vector.sizes());
-  }
 
   Product p;
   p.act = parse_act(act);
@@ -289,18 +284,17 @@ at::Tensor pointwise_conv_bn_act_cpu(
   float* vectors = panels + padded * channels;
   pack(weight, panels, lane_count);
   std::fill_n(vectors, 2 * padded, 0.0f);
-  for (int64_t o = 0; o < out_channels; ++o) {
-    vectors[o] = scale.const_data_ptr<float>()[o * scale.stride(0)];
-    vectors[padded + o] = shift.const_data_ptr<float>()[o * shift.stride(0)];
-  }
+  fold_batch_norm(bn, out_channels, vectors, vectors + padded);
   p.panels = panels;
   p.scale = vectors;
   p.shift = vectors + padded;
 
-  // A block's input fills at most half of a 512 KiB L2 cache, and every thread gets one.
-  const int64_t cached = 65536 / channels / ROWS * ROWS;
-  const int64_t shared = ((p.rows + at::get_num_threads() - 1) / at::get_num_threads() + ROWS - 1) / ROWS * ROWS;
-  const int64_t block = std::max<int64_t>(ROWS, std::min<int64_t>({cached, shared, 192}));
+  // A block's input fills at most half of a 512 KiB L2 cache; all blocks are of nearly one size and every thread gets
+  // as many as the others, or the last one would keep them waiting.
+  const int64_t largest = std::clamp<int64_t>(65536 / channels / ROWS * ROWS, ROWS, 192);
+  const int64_t threads = at::get_num_threads();
+  const int64_t rounds = (p.rows + threads * largest - 1) / (threads * largest);
+  const int64_t block = ((p.rows + rounds * threads - 1) / (rounds * threads) + ROWS - 1) / ROWS * ROWS;
   const int64_t blocks = (p.rows + block - 1) / block;
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) INSTRUCTION_SET.run_rows(p, i * block, std::min((i + 1) * block, p.rows));

@@ -93,6 +93,7 @@ def choose_config(
     size_s: int,
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
+    capability: tuple[int, int],
 ) -> LaunchConfig:
     """The launch configuration of one kernel for one shape.
 
@@ -101,10 +102,13 @@ def choose_config(
         size_t, size_s: positions along T and S of what the kernel walks over (outputs; for input_grad inputs per
             residue class along T, and inputs along S).
         kernel_size, stride: (T, S).
+        capability: the GPU's compute capability.
     """
     kernel_t, kernel_s = kernel_size
-    # Per thread and column or tap 8 registers: TILE_S accumulators, kernel_s taps, and what the epilogue needs.
-    tile_s = 7 if kernel_s <= 7 and not (kernel == "conv_grad" and stride[1] > 1) else 4
+    # Per thread and column or tap 8 registers: TILE_S accumulators, kernel_s taps, and what the epilogue needs, which
+    # is most for conv_grad.
+    narrow = kernel_s > 7 or (kernel == "conv_grad" and (stride[1] > 1 or kernel_s > 3))
+    tile_s = 4 if narrow else 7
     rows = 1
     if kernel == "input_grad" and stride[1] > 1:
         tile_s = 4 * stride[1]  # only every stride-th column meets a given tap
@@ -122,14 +126,19 @@ def choose_config(
     images = 1
     if kernel in ("statistics", "conv_grad", "weight_grad"):
         images = max(1, tiles * triton.cdiv(size_s, span) * batch // ENOUGH_PROGRAMS)
-    # 168 registers make room for 12 warps per multiprocessor, and 3x3 forwards of stride 1 fit in them. The others
-    # name the hardware's own limit, since ptxas left alone may prefer 128 and a spill.
-    fits = kernel == "forward" and max(kernel_size) <= 3 and max(stride) == 1
+    # 168 registers make room for 12 warps per multiprocessor, and 3x3 forwards of stride 1 fit in them from Hopper on.
+    # The others name the hardware's own limit, since ptxas left alone may prefer 128 and a spill.
+    fits = kernel == "forward" and max(kernel_size) <= 3 and max(stride) == 1 and capability >= (9, 0)
     max_registers = 168 if fits else 255
     return LaunchConfig(block_t, block_c, tile_s, num_warps, span, images, rows, max_registers)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------
+
+
+def device_capability(x: torch.Tensor) -> tuple[int, int]:
+    """Compute capability of x's GPU; Hopper's for tensors elsewhere (interpreted, or compiled and not run)."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
 
 
 class _Problem:
@@ -210,6 +219,7 @@ class _Problem:
                 size_s=size_s,
                 kernel_size=self.ts(self.kernel),
                 stride=self.ts(self.stride),
+                capability=device_capability(self.x),
             ),
             size_t,
             size_s,

@@ -1,4 +1,4 @@
-"""The extension's CPU kernels: which maps they take, and BatchNorm as the scale and shift that they want."""
+"""The extension's CPU kernels: which maps they take, and calls of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 
 from bbfast import extension
 from bbfast.ops import _common
-from bbfast.ops._batch_norm import scale_and_shift
 
 
 def unsupported_reasons(x: torch.Tensor) -> list[str]:
@@ -38,37 +37,17 @@ def pointwise_conv_bn_act(
     x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, eps, act
 ) -> torch.Tensor:
     """`act(batch_norm(conv1x1(x)) + residual)` at stride 1; x channels_last with even pixels."""
-    scale, shift = _vectors(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
     if residual is not None and not (_common.is_channels_last(residual) and has_even_pixels(residual)):
         residual = residual.contiguous(memory_format=torch.channels_last)
-    return extension.load().pointwise_conv_bn_act(x, weight, scale, shift, residual, act)
-
-
-def depthwise_conv_bn_act(
-    x,
-    weight,
-    bias,
-    bn_weight,
-    bn_bias,
-    running_mean,
-    running_var,
-    stride,
-    padding,
-    dilation,
-    eps,
-    act,
-    squeeze,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(y, squeeze means or None) of `act(batch_norm(conv(x)))`; x channels_last, slices included."""
-    scale, shift = _vectors(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
-    y, squeezed = extension.load().depthwise_conv_bn_act(
-        x, weight, scale, shift, stride, padding, dilation, act, squeeze
+    return extension.load().pointwise_conv_bn_act(
+        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, eps, act
     )
-    return y, squeezed if squeeze else None
 
 
-def _vectors(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps):
-    if running_mean is not None:
-        return scale_and_shift(bias, bn_weight, bn_bias, running_mean, running_var, eps)
-    channels = weight.shape[0]
-    return weight.new_ones(channels), weight.new_zeros(channels) if bias is None else bias
+def depthwise_conv_bn_act(x, *args) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(y, squeeze means or None) of `act(batch_norm(conv(x)))`; x channels_last, slices included.
+
+    args: weight, bias, bn_weight, bn_bias, running_mean, running_var, stride, padding, dilation, eps, act, squeeze.
+    """
+    y, squeezed = extension.load().depthwise_conv_bn_act(x, *args)
+    return y, squeezed if args[-1] else None
