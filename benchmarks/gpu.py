@@ -104,8 +104,16 @@ def plan(quick: bool, folder: Path) -> list[Step]:
     ]
     if not quick:
         scripts = sorted((ROOT / "benchmarks").glob("bench_*.py"))
-        steps += [Step(script.stem, [sys.executable, str(script)]) for script in scripts]
+        steps += [Step(script.stem, _benchmark_command(script, folder)) for script in scripts]
     return steps
+
+
+def _benchmark_command(script: Path, folder: Path) -> list[str]:
+    """A benchmark is a script, or a file of pytest-benchmark functions."""
+    if "\nif __name__" in script.read_text():
+        return [sys.executable, str(script)]
+    pytest = [sys.executable, "-m", "pytest", "-q", f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}"]
+    return [*pytest, "--benchmark-only", f"--benchmark-json={folder / script.stem}.json", str(script)]
 
 
 def run(step: Step, folder: Path, limit_s: float, save) -> None:
