@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -41,7 +42,9 @@ struct Layer {
 // ---- the kernel ---------------------------------------------------------------------------------------------
 
 // Six columns of two vectors leave four of AVX2's sixteen registers for the weights and the addresses.
-constexpr int64_t MAX_TILE = 6;
+constexpr int MAX_TILE = 6;
+// Seven sums, five weights and the input: thirteen.
+constexpr int MAX_SLIDING_TILE = 7;
 
 template <class V, int VECTORS> BBFAST_INLINE void multiply_add(V (&sum)[VECTORS], const float* input, const V (&w)[VECTORS]) {
   BBFAST_UNROLL
@@ -57,6 +60,41 @@ template <class V, int VECTORS> BBFAST_INLINE void multiply_add(V (&sum)[VECTORS
 BBFAST_INLINE void advance(const float*& p, int64_t step) {
   p += step;
   asm("" : "+r"(p));
+}
+
+// Scale, shift and every activation that is short, on sums that are still in registers.
+template <class V, int VECTORS, int TILE>
+BBFAST_INLINE void finish_tile(const Layer& layer, const V (&sum)[TILE][VECTORS], float* out, int64_t channel) {
+  V scale[VECTORS], shift[VECTORS];
+  BBFAST_UNROLL
+  for (int v = 0; v < VECTORS; ++v) {
+    load(scale[v], layer.scale + channel + v * lanes<V>);
+    load(shift[v], layer.shift + channel + v * lanes<V>);
+  }
+  const float low = layer.act == Act::relu || layer.act == Act::relu6 ? 0.0f : -INFINITY;
+  const float high = layer.act == Act::relu6 ? 6.0f : INFINITY;
+  if (layer.act == Act::hardswish) {
+    BBFAST_UNROLL
+    for (int t = 0; t < TILE; ++t, out += layer.channels) {
+      BBFAST_UNROLL
+      for (int v = 0; v < VECTORS; ++v) {
+        const V values = sum[t][v] * scale[v] + shift[v];
+        V gate = values * (1.0f / 6.0f) + 0.5f;
+        clamp(gate, 0.0f, 1.0f);
+        store(out + v * lanes<V>, values * gate);
+      }
+    }
+  } else {
+    BBFAST_UNROLL
+    for (int t = 0; t < TILE; ++t, out += layer.channels) {
+      BBFAST_UNROLL
+      for (int v = 0; v < VECTORS; ++v) {
+        V values = sum[t][v] * scale[v] + shift[v];
+        clamp(values, low, high);
+        store(out + v * lanes<V>, values);
+      }
+    }
+  }
 }
 
 // `TILE` output columns from `column` on, `VECTORS` vectors of channels from `channel` on.
@@ -99,37 +137,44 @@ BBFAST_INLINE void run_tile(
     }
   }
 
-  V scale[VECTORS], shift[VECTORS];
-  BBFAST_UNROLL
-  for (int v = 0; v < VECTORS; ++v) {
-    load(scale[v], layer.scale + channel + v * lanes<V>);
-    load(shift[v], layer.shift + channel + v * lanes<V>);
-  }
-  const float low = layer.act == Act::relu || layer.act == Act::relu6 ? 0.0f : -INFINITY;
-  const float high = layer.act == Act::relu6 ? 6.0f : INFINITY;
-  float* out = y + column * layer.channels + channel;
-  if (layer.act == Act::hardswish) {
+  finish_tile<V, VECTORS, TILE>(layer, sum, y + column * layer.channels + channel, channel);
+}
+
+// Square kernels of 3 and 5 taps, known to the compiler, at stride 1 or 2: for each input row the weights are in
+// registers, too, and each input vector is loaded once and serves all the outputs of the tile that it reaches. One
+// vector of channels, `TILE` output columns from `column` on.
+template <class V, int KERNEL, int STRIDE, int TILE>
+BBFAST_INLINE void run_sliding_tile(
+    const Layer& layer, const float* x, float* y, int64_t row, int64_t column, int64_t channel) {
+  constexpr int COLUMNS = (TILE - 1) * STRIDE + KERNEL;
+  V sum[TILE][1] = {};
+  const int64_t first = column * STRIDE - layer.left;
+  const bool inside = first >= 0 && first + COLUMNS <= layer.width;
+  const int64_t first_row = row * STRIDE - layer.top;
+  const int64_t begin = std::max<int64_t>(0, -first_row);
+  const int64_t end = std::min<int64_t>(KERNEL, layer.height - first_row);
+  const float* source = x + (first_row + begin) * layer.x_stride_h + first * layer.x_stride_w + channel;
+  const float* weight = layer.weight + begin * KERNEL * layer.channels + channel;
+
+  for (int64_t i = begin; i < end; ++i, source += layer.x_stride_h) {
+    V w[KERNEL];
     BBFAST_UNROLL
-    for (int t = 0; t < TILE; ++t, out += layer.channels) {
-      BBFAST_UNROLL
-      for (int v = 0; v < VECTORS; ++v) {
-        const V values = sum[t][v] * scale[v] + shift[v];
-        V gate = values * (1.0f / 6.0f) + 0.5f;
-        clamp(gate, 0.0f, 1.0f);
-        store(out + v * lanes<V>, values * gate);
+    for (int j = 0; j < KERNEL; ++j, weight += layer.channels) load(w[j], weight);
+    const float* input = source;
+    BBFAST_UNROLL_ALL
+    for (int c = 0; c < COLUMNS; ++c) {
+      if (inside || (first + c >= 0 && first + c < layer.width)) {
+        V values;
+        load(values, input);
+        BBFAST_UNROLL
+        for (int j = 0; j < KERNEL; ++j) {
+          if (c >= j && (c - j) % STRIDE == 0 && (c - j) / STRIDE < TILE) sum[(c - j) / STRIDE][0] += values * w[j];
+        }
       }
-    }
-  } else {
-    BBFAST_UNROLL
-    for (int t = 0; t < TILE; ++t, out += layer.channels) {
-      BBFAST_UNROLL
-      for (int v = 0; v < VECTORS; ++v) {
-        V values = sum[t][v] * scale[v] + shift[v];
-        clamp(values, low, high);
-        store(out + v * lanes<V>, values);
-      }
+      advance(input, layer.x_stride_w);
     }
   }
+  finish_tile<V, 1, TILE>(layer, sum, y + column * layer.channels + channel, channel);
 }
 
 // One tile for the channels [channel, end): pairs of the widest vectors, then one of each narrower width, then scalars
@@ -199,26 +244,54 @@ BBFAST_INLINE void prefetch_next_row(
   }
 }
 
-// One output row. x: the sample's [H, W, C]; y: the row's [W', C]; sums: [C], added to, or null.
-template <class V>
+// One tile for the channels [channel, end): the widest vectors on the sliding kernel, what is left on the general one.
+template <class V, int KERNEL, int STRIDE, int TILE>
+BBFAST_INLINE void run_sliding_tile_channels(
+    const Layer& layer, const float* x, float* y, int64_t row, int64_t column, int64_t channel, int64_t end) {
+  for (; channel + lanes<V> <= end; channel += lanes<V>) {
+    run_sliding_tile<V, KERNEL, STRIDE, TILE>(layer, x, y, row, column, channel);
+  }
+  if (channel == end) return;
+  for (int64_t c = column; c < column + TILE; ++c) {
+    run_tile_channels<typename Traits<V>::Narrower, 1, false>(layer, x, y, row, c, channel, end);
+  }
+}
+
+// Runs `run(tile size, column)` for tiles of up to MAX that cover `width` columns; sizes differ by one at most (seven
+// columns are 4 + 3, not 6 + 1) and are known to the compiler.
+template <int MAX, class Run> BBFAST_INLINE void for_each_tile(int64_t width, const Run& run) {
+  const int64_t tiles = (width + MAX - 1) / MAX;
+  const int64_t size = width / tiles, larger = width % tiles;
+  int64_t column = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t columns = size + (tile < larger ? 1 : 0);
+    switch (columns) {
+      case 1: run(std::integral_constant<int, 1>(), column); break;
+      case 2: run(std::integral_constant<int, 2>(), column); break;
+      case 3: run(std::integral_constant<int, 3>(), column); break;
+      case 4: run(std::integral_constant<int, 4>(), column); break;
+      case 5: run(std::integral_constant<int, 5>(), column); break;
+      case 6: run(std::integral_constant<int, 6>(), column); break;
+      default: run(std::integral_constant<int, MAX>(), column);
+    }
+    column += columns;
+  }
+}
+
+// One output row. x: the sample's [H, W, C]; y: the row's [W', C]; sums: [C], added to, or null. KERNEL 0: any kernel.
+template <class V, int KERNEL, int STRIDE>
 BBFAST_INLINE void run_row(const Layer& layer, const float* x, float* y, float* sums, int64_t row) {
-  // Tiles of nearly equal width: seven columns are 4 + 3, not 6 + 1.
-  const int64_t tiles = (layer.out_width + MAX_TILE - 1) / MAX_TILE;
   for (int64_t channel = 0; channel < layer.channels; channel += layer.chunk) {
     const int64_t end = std::min(channel + layer.chunk, layer.channels);
-    int64_t column = 0;
-    for (int64_t tile = 1; tile <= tiles; ++tile) {
-      const int64_t next = layer.out_width * tile / tiles;
-      prefetch_next_row(layer, x, row, column, next, channel, end);
-      switch (next - column) {
-        case 1: run_tile_channels<V, 1>(layer, x, y, row, column, channel, end); break;
-        case 2: run_tile_channels<V, 2>(layer, x, y, row, column, channel, end); break;
-        case 3: run_tile_channels<V, 3>(layer, x, y, row, column, channel, end); break;
-        case 4: run_tile_channels<V, 4>(layer, x, y, row, column, channel, end); break;
-        case 5: run_tile_channels<V, 5>(layer, x, y, row, column, channel, end); break;
-        default: run_tile_channels<V, MAX_TILE>(layer, x, y, row, column, channel, end);
-      }
-      column = next;
+    if constexpr (KERNEL == 0) {
+      for_each_tile<MAX_TILE>(layer.out_width, [&](auto tile, int64_t column) BBFAST_INLINE_LAMBDA {
+        prefetch_next_row(layer, x, row, column, column + tile, channel, end);
+        run_tile_channels<V, tile>(layer, x, y, row, column, channel, end);
+      });
+    } else {
+      for_each_tile<MAX_SLIDING_TILE>(layer.out_width, [&](auto tile, int64_t column) BBFAST_INLINE_LAMBDA {
+        run_sliding_tile_channels<V, KERNEL, STRIDE, tile>(layer, x, y, row, column, channel, end);
+      });
     }
     if (sums != nullptr || layer.act == Act::silu || layer.act == Act::gelu) {
       finish_row<V>(layer, y, sums, channel, end);
@@ -228,25 +301,27 @@ BBFAST_INLINE void run_row(const Layer& layer, const float* x, float* y, float* 
 
 using RowFunction = void (*)(const Layer&, const float*, float*, float*, int64_t);
 
-void run_row_baseline(const Layer& layer, const float* x, float* y, float* sums, int64_t row) {
-  run_row<Vec4>(layer, x, y, sums, row);
-}
+// The row function of a layer: its kernel and stride choose one of five, compiled for one instruction set.
+#define BBFAST_ROW_FUNCTIONS(NAME, VECTOR, TARGET)                                                              \
+  template <int KERNEL, int STRIDE>                                                                             \
+  TARGET void run_row_##NAME(const Layer& layer, const float* x, float* y, float* sums, int64_t row) {          \
+    run_row<VECTOR, KERNEL, STRIDE>(layer, x, y, sums, row);                                                    \
+  }                                                                                                             \
+  RowFunction choose_row_##NAME(int64_t kernel, int64_t stride) {                                               \
+    if (kernel == 3) return stride == 1 ? run_row_##NAME<3, 1> : run_row_##NAME<3, 2>;                          \
+    if (kernel == 5) return stride == 1 ? run_row_##NAME<5, 1> : run_row_##NAME<5, 2>;                          \
+    return run_row_##NAME<0, 0>;                                                                                \
+  }
 
+BBFAST_ROW_FUNCTIONS(baseline, Vec4, )
 #if defined(__x86_64__)
-__attribute__((target("avx2,fma"))) void run_row_avx2(
-    const Layer& layer, const float* x, float* y, float* sums, int64_t row) {
-  run_row<Vec8>(layer, x, y, sums, row);
-}
-
-__attribute__((target("avx2,fma,avx512f,avx512vl"))) void run_row_avx512(
-    const Layer& layer, const float* x, float* y, float* sums, int64_t row) {
-  run_row<Vec16>(layer, x, y, sums, row);
-}
+BBFAST_ROW_FUNCTIONS(avx2, Vec8, __attribute__((target("avx2,fma"))))
+BBFAST_ROW_FUNCTIONS(avx512, Vec16, __attribute__((target("avx2,fma,avx512f,avx512vl"))))
 #endif
 
 struct InstructionSet {
   const char* name;
-  RowFunction run_row;
+  RowFunction (*choose_row)(int64_t kernel, int64_t stride);
 };
 
 InstructionSet best_instruction_set() {
@@ -254,11 +329,11 @@ InstructionSet best_instruction_set() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) {
-    return {"avx512", run_row_avx512};
+    return {"avx512", choose_row_avx512};
   }
-  if (avx2) return {"avx2", run_row_avx2};
+  if (avx2) return {"avx2", choose_row_avx2};
 #endif
-  return {"baseline", run_row_baseline};
+  return {"baseline", choose_row_baseline};
 }
 
 const InstructionSet INSTRUCTION_SET = best_instruction_set();
@@ -367,6 +442,10 @@ std::tuple<at::Tensor, at::Tensor> depthwise_conv_bn_act_cpu(
       parse_act(act),
       channels_per_chunk(weight.size(2) * weight.size(3))};
 
+  const bool sliding = layer.kernel_h == layer.kernel_w && layer.stride_h == layer.stride_w && layer.stride_h <= 2 &&
+      layer.dilation_h == 1 && layer.dilation_w == 1;
+  const RowFunction run_row = INSTRUCTION_SET.choose_row(sliding ? layer.kernel_h : 0, layer.stride_h);
+
   // About 64 tasks whatever the number of threads; a band is at least a row.
   const int64_t bands = batch == 0 ? 0 : std::clamp<int64_t>((64 + batch - 1) / batch, 1, out_height);
   std::vector<float> sums(squeeze ? batch * bands * channels : 0);
@@ -378,7 +457,7 @@ std::tuple<at::Tensor, at::Tensor> depthwise_conv_bn_act_cpu(
       const int64_t n = task / bands, band = task % bands;
       const int64_t last = out_height * (band + 1) / bands;
       for (int64_t row = out_height * band / bands; row < last; ++row) {
-        INSTRUCTION_SET.run_row(
+        run_row(
             layer,
             layer.x + n * layer.x_stride_n,
             layer.y + (n * out_height + row) * out_width * channels,

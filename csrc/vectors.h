@@ -14,6 +14,8 @@ namespace bbfast {
 namespace {
 
 #define BBFAST_INLINE inline __attribute__((always_inline))
+#define BBFAST_INLINE_LAMBDA __attribute__((always_inline))
+#define BBFAST_UNROLL_ALL _Pragma("GCC unroll 32")
 #define BBFAST_UNROLL _Pragma("GCC unroll 8")  // or sums would live in memory, not in registers
 
 enum class Act { identity, relu, relu6, hardswish, silu, gelu };

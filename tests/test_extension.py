@@ -29,28 +29,40 @@ def module():
 # ---- depthwise_conv_bn_act -------------------------------------------------------------------------------
 
 
+EPS = 1e-3
+NO_BN = (None,) * 4
+
+
 def make_parameters(channels: int, kernel: tuple[int, int]):
-    return torch.randn(channels, 1, *kernel), torch.randn(channels), torch.randn(channels)
+    """weight, bias, bn_weight, bn_bias, running_mean, running_var"""
+    vectors = [torch.randn(channels) for _ in range(4)]
+    return torch.randn(channels, 1, *kernel), *vectors, torch.rand(channels) + 0.1
 
 
-def reference(x, weight, scale, shift, stride, padding, dilation, act):
+def reference(x, weight, bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, act):
     top, bottom, left, right = padding
-    y = F.conv2d(F.pad(x, (left, right, top, bottom)), weight, None, stride, 0, dilation, x.shape[1])
-    y = activation(y * scale[:, None, None] + shift[:, None, None], act)
+    y = F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride, 0, dilation, x.shape[1])
+    if mean is not None:
+        y = F.batch_norm(y, mean, var, bn_weight, bn_bias, False, 0.0, EPS)
+    y = activation(y, act)
     return y, y.mean((2, 3))
+
+
+def run(module, x, parameters, stride, padding, dilation, act, squeeze):
+    return module.depthwise_conv_bn_act(x, *parameters, stride, padding, dilation, EPS, act, squeeze)
 
 
 def check(module, x, parameters, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), act="relu"):
     """Compares y and the squeeze means with float64, by the tolerance rule."""
     geometry = (stride, padding, dilation, act)
-    y, squeezed = module.depthwise_conv_bn_act(x, *parameters, *geometry, True)
-    exact = reference(*(t.double() for t in (x, *parameters)), *geometry)
+    y, squeezed = run(module, x, parameters, *geometry, True)
+    exact = reference(*(None if t is None else t.double() for t in (x, *parameters)), *geometry)
     torch_same_dtype = reference(x, *parameters, *geometry)
     assert_within_rule("y", y, exact[0], torch_same_dtype[0])
     assert_within_rule("squeezed", squeezed, exact[1], torch_same_dtype[1])
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert not y.requires_grad
-    without, nothing = module.depthwise_conv_bn_act(x, *parameters, *geometry, False)
+    without, nothing = run(module, x, parameters, *geometry, False)
     assert torch.equal(without, y)
     assert nothing.numel() == 0
 
@@ -88,11 +100,10 @@ def test_several_chunks_of_channels(module):
 
 def test_sliced_input_and_strided_parameters(module):
     x = torch.randn(3, 40, 15, 12).to(memory_format=torch.channels_last)[1:, 3:38, 1::2, 2:-1]
-    weight, scale, shift = make_parameters(35, (3, 3))
+    weight, *vectors = make_parameters(35, (3, 3))
     strided = (
         weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1),  # stored as the kernel reads it
-        torch.stack([scale, scale], 1)[:, 0],
-        shift.flip(0).contiguous().flip(0).expand(35),
+        *[torch.stack([vector, vector], 1)[:, 0] for vector in vectors],
     )
     check(module, x, strided, stride=(2, 1), padding=(0, 1, 2, 1))
 
@@ -101,12 +112,39 @@ def test_one_channel_of_an_nchw_map(module):
     check(module, torch.randn(2, 3, 9, 9)[:, 1:2], make_parameters(1, (3, 3)), padding=(1, 1, 1, 1))
 
 
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("act", ["relu6", "hardswish"])
+def test_sizes_of_models(module, kernel, stride, act):
+    """Interior and border tiles, rows cut off above and below, channels that fill no vector."""
+    for size in (7, 14, 30):
+        x = torch.randn(2, 44, size, size + 1).to(memory_format=torch.channels_last)
+        check(module, x, make_parameters(44, (kernel, kernel)), (stride,) * 2, (kernel // 2,) * 4, act=act)
+
+
+@pytest.mark.parametrize("absent", [(1,), (2,), (3,), (2, 3), (1, 2, 3, 4, 5), (2, 3, 4, 5)])
+def test_absent_vectors(module, absent):
+    x = torch.randn(2, 12, 6, 6).to(memory_format=torch.channels_last)
+    parameters = make_parameters(12, (3, 3))
+    check(module, x, tuple(None if i in absent else p for i, p in enumerate(parameters)), padding=(1, 1, 1, 1))
+
+
+def test_batch_norm_of_other_dtypes(module):
+    x = torch.randn(2, 12, 6, 6).to(memory_format=torch.channels_last)
+    weight, *vectors = make_parameters(12, (3, 3))
+    half = [vector.to(torch.float16) for vector in vectors]
+    geometry = ((1, 1), (1, 1, 1, 1), (1, 1), "relu", False)
+    y, _ = run(module, x, (weight, *[vector.double() for vector in half]), *geometry)
+    assert torch.equal(y, run(module, x, (weight, *half), *geometry)[0])
+    assert torch.equal(y, run(module, x, (weight, *[vector.float() for vector in half]), *geometry)[0])
+
+
 def test_large_values_of_exponential_activations(module):
     x = torch.cat([torch.linspace(-12, 12, 5000), torch.tensor([-1e4, -200.0, -88.5, 88.5, 200.0, 1e4])])
     x = x.reshape(1, 1, 1, -1).expand(1, 8, 1, -1).contiguous(memory_format=torch.channels_last)
-    ones, zeros = torch.ones(8), torch.zeros(8)
+    parameters = (torch.ones(8, 1, 1, 1), None, *NO_BN)
     for act in ("silu", "gelu"):
-        y, _ = module.depthwise_conv_bn_act(x, ones.view(8, 1, 1, 1), ones, zeros, (1, 1), (0,) * 4, (1, 1), act, False)
+        y, _ = run(module, x, parameters, (1, 1), (0,) * 4, (1, 1), act, False)
         assert_within_rule(act, y[..., :5000], activation(x.double(), act)[..., :5000], activation(x, act)[..., :5000])
         torch.testing.assert_close(y[..., 5000:], activation(x, act)[..., 5000:])
 
@@ -115,19 +153,15 @@ def test_large_values_of_exponential_activations(module):
 def test_nan_passes_through(module, act):
     x = torch.randn(1, 11, 4, 4).to(memory_format=torch.channels_last)
     x[:, :, 2, 2] = float("nan")
-    ones = torch.ones(11)
-    y, squeezed = module.depthwise_conv_bn_act(
-        x, ones.view(11, 1, 1, 1), ones, ones, (1, 1), (0,) * 4, (1, 1), act, True
-    )
+    parameters = (torch.ones(11, 1, 1, 1), torch.ones(11), *NO_BN)
+    y, squeezed = run(module, x, parameters, (1, 1), (0,) * 4, (1, 1), act, True)
     assert torch.equal(y.isnan(), x.isnan())
     assert squeezed.isnan().all()
 
 
 def test_empty_batch(module):
     x = torch.randn(0, 8, 6, 6).to(memory_format=torch.channels_last)
-    y, squeezed = module.depthwise_conv_bn_act(
-        x, *make_parameters(8, (3, 3)), (2, 2), (1, 1, 1, 1), (1, 1), "relu", True
-    )
+    y, squeezed = run(module, x, make_parameters(8, (3, 3)), (2, 2), (1, 1, 1, 1), (1, 1), "relu", True)
     assert y.shape == (0, 8, 3, 3)
     assert squeezed.shape == (0, 8)
 
@@ -140,7 +174,7 @@ def test_result_does_not_depend_on_threads(module):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            outputs.append(module.depthwise_conv_bn_act(x, *parameters, (1, 1), (2, 2, 2, 2), (1, 1), "silu", True))
+            outputs.append(run(module, x, parameters, (1, 1), (2, 2, 2, 2), (1, 1), "silu", True))
     finally:
         torch.set_num_threads(before)
     for y, squeezed in outputs[1:]:
@@ -157,8 +191,11 @@ BAD_ARGUMENTS = {
     "weight must have shape": {"weight": torch.zeros(16, 1, 3, 3)},
     "weight must be float32": {"weight": torch.zeros(8, 1, 3, 3, dtype=torch.int32)},
     "weight spans 9 pixels along H": {"weight": torch.zeros(8, 1, 9, 3)},
-    "scale must have shape": {"scale": torch.zeros(1)},
-    "shift must be float32": {"shift": torch.zeros(8, dtype=torch.float16)},
+    "bias must have shape": {"bias": torch.zeros(1)},
+    "bn_weight must be of a floating-point dtype": {"bn_weight": torch.zeros(8, dtype=torch.int32)},
+    "bn_bias must be on the CPU": {"bn_bias": torch.zeros(8, device="meta")},
+    "running_mean and running_var must both": {"running_var": None},
+    "bn_weight and bn_bias need running_mean": {"running_mean": None, "running_var": None},
     "stride holds 0": {"stride": (1, 0)},
     "padding holds -1": {"padding": (0, 0, -1, 0)},
     "dilation holds 0": {"dilation": (0, 1)},
@@ -171,11 +208,11 @@ def test_bad_arguments_are_named(module, message):
     arguments = {
         "x": torch.zeros(1, 8, 6, 6).to(memory_format=torch.channels_last),
         "weight": torch.zeros(8, 1, 3, 3),
-        "scale": torch.zeros(8),
-        "shift": torch.zeros(8),
+        **dict.fromkeys(("bias", "bn_weight", "bn_bias", "running_mean", "running_var"), torch.zeros(8)),
         "stride": (1, 1),
         "padding": (0, 0, 0, 0),
         "dilation": (1, 1),
+        "eps": 1e-5,
         "act": "relu",
         "squeeze": False,
     }
