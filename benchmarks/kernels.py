@@ -141,6 +141,7 @@ class Report:
         occupancy: resident threads over the most that a multiprocessor takes, as registers allow.
         per_output: lane-instructions per output element (depthwise kernels).
         traffic_bytes: what the launch must move at least, halos left out; halo is what they multiply reads with.
+        vector_bytes: what a thread loads at once, by the strides of the tensors.
         opcodes: how often each SASS opcode stands in the kernel, widths included (LDG.E.128).
     """
 
@@ -157,6 +158,7 @@ class Report:
     per_output: float | None = None
     outputs: int | None = None
     traffic_bytes: int | None = None
+    vector_bytes: int | None = None
     halo: float | None = None
     read_per_output_byte: float | None = None
     opcodes: dict[str, int] = field(default_factory=dict)
@@ -245,6 +247,7 @@ def _add_depthwise_work(report: Report, launch: Launch, loops: list[tuple[int, i
     x, channels = values["x_ptr"], values["channel_vectors"] * values["VECTOR"]
     images = launch.programs // (values["c_tiles"] * values["t_tiles"] * values["s_splits"])
     pixels_in, pixels_out = values["in_t"] * values["in_s"], values["out_t"] * values["out_s"]
+    report.vector_bytes = values["VECTOR"] * x.element_size()
     report.outputs = images * channels * pixels_out
     report.traffic_bytes = images * channels * (pixels_in + pixels_out) * x.element_size()
     report.halo = _halo(values, "T", values["BLOCK_T"]) * _halo(values, "S", values["span"])
@@ -437,8 +440,7 @@ def problems(report: Report) -> list[str]:
     found = []
     if report.spill_bytes:
         found.append(f"{report.spill_bytes} bytes spilled")
-    vectors = report.kernel == "forward_kernel" and "NHWC" in report.case and "21x" not in report.case
-    if vectors and report.narrow_accesses():
+    if report.vector_bytes == 16 and report.narrow_accesses():
         found.append(f"narrow accesses: {', '.join(report.narrow_accesses())}")
     if report.halo and report.halo > 1.15 and not report.case.startswith("training"):
         found.append(f"halo {report.halo:.2f}")
