@@ -99,7 +99,8 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
 
 
 def _list(args: argparse.Namespace) -> int:
-    names = bbfast.list_models(args.pattern)
+    # A pattern with a dot asks for tags: weights, of which an architecture can have several.
+    names = bbfast.list_models(args.pattern, include_tags=any("." in pattern for pattern in args.pattern))
     if not names:
         print(f"bbfast list: no model matches {' or '.join(args.pattern)}", file=sys.stderr)
         return 1

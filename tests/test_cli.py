@@ -215,6 +215,11 @@ def test_list(capsys):
     assert capsys.readouterr().out.split() == ["efficientnet_b0", "mobilenetv3_small_100"]
 
 
+def test_list_of_tags(capsys):
+    assert main(["list", "efficientnet_b0.*"]) == 0
+    assert capsys.readouterr().out.split() == bbfast.list_models("efficientnet_b0.*", include_tags=True)
+
+
 def test_list_without_a_match(capsys):
     assert main(["list", "vgg*"]) == 1
     assert "no model matches vgg*" in error_line(capsys)
@@ -314,6 +319,11 @@ def test_corrupt_checkpoint(photo, tmp_path, capsys, suffix):
     path.write_bytes(b"\x80\x02not a checkpoint")
     assert main(["classify", photo, "--model", SMALL_MODEL, "--checkpoint", str(path)]) == 1
     assert str(path) in error_line(capsys)
+
+
+def test_empty_checkpoint_is_not_taken_for_none(photo, capsys):
+    assert main(["classify", photo, "--model", SMALL_MODEL, "--checkpoint", ""]) == 1
+    assert "checkpoint_path" in error_line(capsys)
 
 
 def test_truncated_checkpoint(photo, checkpoint, capsys):

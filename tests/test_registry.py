@@ -272,6 +272,12 @@ def test_corrupt_checkpoint(suffix, damage, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_reason_of_a_corrupt_checkpoint_is_more_than_a_number(tmp_path):
+    (tmp_path / "weights.pt").write_text("hello")  # torch.load raises KeyError(101) for it
+    with pytest.raises(ValueError, match=r"cannot be read as a checkpoint: \w*Error \d+$"):
+        bbfast.create_model(NAME, checkpoint_path=tmp_path / "weights.pt")
+
+
 def test_code_in_a_checkpoint_does_not_run(tmp_path):
     torch.save({"state_dict": types.SimpleNamespace(a=1)}, tmp_path / "code.pth")
     with pytest.raises(ValueError, match="read safely"):

@@ -98,10 +98,10 @@ def make_classifier(model_name: str, checkpoint: str | None, device: torch.devic
     Raises:
         CommandError: the name is unknown, or weights are missing or do not fit.
     """
-    packaged = None if checkpoint else packaged_weights.packaged_weights_path(model_name)
+    packaged = packaged_weights.packaged_weights_path(model_name) if checkpoint is None else None
     with one_line_errors(RuntimeError, ValueError, OSError):
         model = bbfast.create_model(
-            model_name, pretrained=not checkpoint and not packaged, checkpoint_path=checkpoint or None
+            model_name, pretrained=checkpoint is None and not packaged, checkpoint_path=checkpoint
         )
         if packaged:
             packaged_weights.load_packaged_weights(model, packaged)

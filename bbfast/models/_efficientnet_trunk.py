@@ -118,6 +118,7 @@ class EfficientNetTrunk(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def _forward_trunk(self, x: torch.Tensor) -> torch.Tensor:
+        self._check_input(x)
         x = conv_bn_act(self.conv_stem, self.bn1, to_inference_layout(x))
         if not self.grad_checkpointing or not torch.is_grad_enabled():
             return self.blocks(x)
@@ -125,6 +126,16 @@ class EfficientNetTrunk(nn.Module):
             for block in stage:
                 x = checkpoint(block, x, use_reentrant=False)
         return x
+
+    def _check_input(self, x) -> None:
+        """Says in the model's words what the first op would say in its own; that op checks the rest."""
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        weight = self.conv_stem.weight
+        if x.dim() != 4 or x.shape[1] != weight.shape[1]:
+            raise ValueError(f"x must have shape [N, {weight.shape[1]}, H, W], got {tuple(x.shape)}")
+        if x.device != weight.device:
+            raise ValueError(f"x is on {x.device} but the model is on {weight.device}; move one of them")
 
     def _make_classifier(self, num_classes: int) -> nn.Module:
         """A classifier of head_hidden_size inputs, placed and typed as the stem is."""

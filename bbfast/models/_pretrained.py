@@ -183,7 +183,9 @@ def read_checkpoint(path: str | Path, *, argument: str) -> dict[str, torch.Tenso
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What went wrong; the exception's name too where its message is only a key or a number."""
+    line = str(error).strip().partition("\n")[0]
+    return line if " " in line else f"{type(error).__name__} {line}".strip()
 
 
 def _unwrap(content, argument: str) -> dict[str, torch.Tensor]:

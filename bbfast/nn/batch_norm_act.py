@@ -24,6 +24,10 @@ class _ActivationGuard:
             "bbfast.nn.convert_sync_batchnorm"
         )
 
+    def __dir__(self):
+        """Without qconfig, so that who looks at every attribute, such as `torch.jit.trace`, does not set it off."""
+        return [name for name in super().__dir__() if name != "qconfig"]
+
 
 class BatchNormAct2d(_ActivationGuard, nn.BatchNorm2d):
     """`act(batch_norm(x) + residual)`, with the parameters, buffers and state_dict keys of `nn.BatchNorm2d`.
