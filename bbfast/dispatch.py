@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -21,6 +22,14 @@ class FallbackWarning(UserWarning):
 
 class BackendUnavailableError(RuntimeError):
     """`BBFAST_STRICT=1` and no kernel backend could take a call."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the last call of an op ran on; `reasons` are those of the backends that were passed over."""
+
+    backend: str
+    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -37,13 +46,10 @@ class Backend:
     unsupported_reasons: Callable[..., list[str]]
     run: Callable
 
-
-@dataclass(frozen=True)
-class Choice:
-    """What the last call of an op ran on; `reasons` are those of the backends that were passed over."""
-
-    backend: str
-    reasons: tuple[str, ...]
+    @cached_property
+    def chosen_at_once(self) -> Choice:
+        """The choice of this backend where none was passed over; most calls of small layers end here."""
+        return Choice(self.name, ())
 
 
 _choices: dict[str, Choice] = {}
@@ -74,7 +80,7 @@ def select(op: str, kernels: Sequence[Backend], reference: Callable, *args) -> C
             continue
         objections = kernel.unsupported_reasons(*args)
         if not objections:
-            _choices[op] = Choice(kernel.name, tuple(reasons))
+            _choices[op] = Choice(kernel.name, tuple(reasons)) if reasons else kernel.chosen_at_once
             return kernel.run
         reasons += [f"{kernel.name}: {reason}" for reason in objections]
     if not reasons:
@@ -111,6 +117,8 @@ def _warn_once(op: str, reasons: Sequence[str]) -> None:
 
 def triton_unavailable_reasons(x: torch.Tensor) -> list[str]:
     """Why Triton kernels cannot run on `x`'s device at all (empty: they can)."""
+    if x.is_cpu and not env.TRITON_INTERPRET:  # first, for this is asked in every layer on a CPU
+        return ["x is on the CPU (kernels need a CUDA tensor, or TRITON_INTERPRET=1)"]
     try:
         import triton
     except ModuleNotFoundError:
@@ -119,7 +127,7 @@ def triton_unavailable_reasons(x: torch.Tensor) -> list[str]:
     if version < (3, 6):
         return [f"triton {triton.__version__} is older than 3.6, which the kernels need"]
     if x.device.type == "cpu":
-        return [] if env.TRITON_INTERPRET else ["x is on the CPU (kernels need a CUDA tensor, or TRITON_INTERPRET=1)"]
+        return []
     if x.device.type != "cuda":
         return [f"x is on device {x.device.type!r}; kernels need CUDA"]
     if torch.version.hip is not None:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,7 +25,7 @@ import torch
 from torch import nn
 
 import bbfast
-from bbfast import dispatch
+from bbfast import dispatch, extension
 
 CHANNELS_LAST = torch.channels_last
 
@@ -131,9 +133,23 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def commit() -> str:
+    """The commit that is measured, with `-dirty` where tracked files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return result.stdout.strip() or "unknown"
+
+
 def environment(args: argparse.Namespace) -> dict:
+    module = extension.load()
     return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
         "processor": processor(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "compiler": module.build_info()["compiler"] if module else None,
+        "python": platform.python_version(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "model": args.model,
@@ -177,6 +193,7 @@ def main() -> None:
     for op, choice in dispatch.last_choices().items():
         print(f"{op} ran last on {choice.backend}" + "".join(f"; {reason}" for reason in choice.reasons))
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"environment": facts, "rows": [asdict(row) for row in rows]}, indent=1))
 
 

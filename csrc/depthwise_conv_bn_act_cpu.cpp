@@ -244,11 +244,27 @@ BBFAST_INLINE void prefetch_next_row(
   }
 }
 
+// Fetches what the next output row adds to the input under a tile, one cache line of channels. Spread over the blocks of
+// channels, as too few lines of a row follow each other for the hardware to see a stream.
+template <int KERNEL, int STRIDE, int TILE>
+BBFAST_INLINE void prefetch_below(const Layer& layer, const float* x, int64_t row, int64_t column, int64_t channel) {
+  const int64_t below = (row + 1) * STRIDE - layer.top + KERNEL - STRIDE;
+  const int64_t last = std::min<int64_t>((column + TILE) * STRIDE, layer.width);
+  for (int64_t in_row = std::max<int64_t>(below, 0); in_row < std::min(below + STRIDE, layer.height); ++in_row) {
+    const float* p = x + in_row * layer.x_stride_h + column * STRIDE * layer.x_stride_w + channel;
+    for (int64_t in_column = column * STRIDE; in_column < last; ++in_column, p += layer.x_stride_w) {
+      __builtin_prefetch(p, 0, 2);
+    }
+  }
+}
+
 // One tile for the channels [channel, end): the widest vectors on the sliding kernel, what is left on the general one.
 template <class V, int KERNEL, int STRIDE, int TILE>
 BBFAST_INLINE void run_sliding_tile_channels(
     const Layer& layer, const float* x, float* y, int64_t row, int64_t column, int64_t channel, int64_t end) {
+  constexpr int64_t LINE = 64 / sizeof(float);
   for (; channel + lanes<V> <= end; channel += lanes<V>) {
+    if (channel % LINE < lanes<V>) prefetch_below<KERNEL, STRIDE, TILE>(layer, x, row, column, channel);
     run_sliding_tile<V, KERNEL, STRIDE, TILE>(layer, x, y, row, column, channel);
   }
   if (channel == end) return;

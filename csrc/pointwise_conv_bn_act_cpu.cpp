@@ -214,8 +214,12 @@ void pack(const at::Tensor& weight, float* panels, int64_t lane_count) {
       float* panel = panels + column * channels;
       for (int64_t k = 0; k < channels; ++k, panel += width) {
         const float* from = source + column * stride_o + k * stride_c;
-        for (int64_t j = 0; j < valid; ++j) panel[j] = from[j * stride_o];
-        for (int64_t j = valid; j < width; ++j) panel[j] = 0.0f;
+        int64_t j = 0;
+        for (; j + 4 <= valid; j += 4, from += 4 * stride_o) {
+          store(panel + j, Vec4{from[0], from[stride_o], from[2 * stride_o], from[3 * stride_o]});
+        }
+        for (; j < valid; ++j, from += stride_o) panel[j] = *from;
+        for (; j < width; ++j) panel[j] = 0.0f;
       }
     }
   });

@@ -12,15 +12,19 @@ def batch_norm_arguments(bn: nn.BatchNorm2d) -> tuple[tuple, dict]:
     average, uses batch statistics in eval mode too where none are tracked.
     """
     momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    use_batch_statistics = bn.training or (bn.running_mean is None and bn.running_var is None)
-    update_running = not bn.training or bn.track_running_stats
-    statistics = (bn.running_mean, bn.running_var) if update_running else (None, None)
-    return (bn.weight, bn.bias, *statistics), {
-        "training": use_batch_statistics,
+    mean, var = bn.running_mean, bn.running_var
+    training = bn.training
+    if training:
+        if bn.track_running_stats and bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+            if bn.momentum is None:
+                momentum = 1.0 / float(bn.num_batches_tracked)
+        if not bn.track_running_stats:
+            mean = var = None
+    else:
+        training = mean is None and var is None
+    return (bn.weight, bn.bias, mean, var), {
+        "training": training,
         "momentum": momentum,
         "eps": bn.eps,
     }

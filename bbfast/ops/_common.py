@@ -108,6 +108,10 @@ def check_batch_statistics(values_per_channel: int, shape: Sequence[int]) -> Non
 
 def pair(name: str, value, minimum: int) -> tuple[int, int]:
     """An int or two ints as (height, width), each at least `minimum`."""
+    if type(value) is tuple and len(value) == 2:  # as convolution modules hold it: no more than a look
+        height, width = value
+        if type(height) is int and type(width) is int and height >= minimum and width >= minimum:
+            return value
     values = (value, value) if isinstance(value, int) else value
     if isinstance(value, bool) or not isinstance(values, (tuple, list)) or not all(_is_int(v) for v in values):
         raise TypeError(f"{name} must be an int or two ints (height, width), got {value!r}")
@@ -184,7 +188,9 @@ def _is_castable(value) -> bool:
 
 
 def needs_grad(*tensors) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def as_output(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

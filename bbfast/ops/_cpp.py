@@ -14,7 +14,7 @@ def unsupported_reasons(x: torch.Tensor) -> list[str]:
     Raises:
         BrokenExtensionError: the extension is there but cannot be used.
     """
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return [f"x is on {x.device}; the extension's kernels run on the CPU"]
     reasons = []
     if x.dtype != torch.float32:
