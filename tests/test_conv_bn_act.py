@@ -357,6 +357,25 @@ def test_onednn_switched_off(monkeypatch):
     assert not [r for r in _onednn.unsupported_reasons(torch.zeros(1)) if "switched off" in r]
 
 
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_that_the_processor_lacks_runs_on_the_reference(dtype, monkeypatch):
+    monkeypatch.delenv("BBFAST_BACKEND", raising=False)
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False)
+    x, weight = torch.randn(2, 4, 5, 5, dtype=dtype), torch.randn(6, 4, 1, 1, dtype=dtype)
+    bn = batch_norm_tensors(6)
+    with torch.no_grad():
+        y = conv_bn_act(x, weight, *bn)
+    expect(y, x, weight, None, bn, None, (1, 1), (0, 0, 0, 0), (1, 1), 1, 1e-5, "relu")
+    choice = dispatch.last_choices()["conv_bn_act"]
+    assert choice.backend == "torch"
+    assert any(
+        reason == f"onednn: x has dtype {dtype}, which oneDNN's convolution does not take on this CPU"
+        for reason in choice.reasons
+    )
+
+
 def test_reference_on_demand(monkeypatch):
     monkeypatch.setenv("BBFAST_BACKEND", "torch")
     call()
