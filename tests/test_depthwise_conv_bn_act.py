@@ -397,6 +397,37 @@ def test_layer_counts_batches_as_batch_norm_does(device, on_reference):
     torch.testing.assert_close(untracked(x), F.relu(z))
 
 
+def test_layer_helper_refuses_what_it_would_compute_wrongly(device):
+    bn, x = torch.nn.BatchNorm2d(4), torch.randn(1, 4, 5, 5)
+    with pytest.raises(ValueError, match="padding_mode='reflect'"):
+        nn.apply_depthwise_conv_bn_act(
+            torch.nn.Conv2d(4, 4, 3, padding=1, groups=4, padding_mode="reflect"), bn, x, act="relu"
+        )
+    with pytest.raises(ValueError, match="groups=2 for 4 channels"):
+        nn.apply_depthwise_conv_bn_act(torch.nn.Conv2d(4, 4, 3, groups=2), bn, x, act="relu")
+
+
+def test_synchronised_batch_norm_runs_unfused(device, monkeypatch):
+    """Its statistics come from other processes, so it must be asked itself."""
+    layer = nn.convert_sync_batchnorm(nn.DepthwiseConvBNAct(4, squeeze=True)).to(device)
+    called = []
+    monkeypatch.setattr(torch.nn.SyncBatchNorm, "forward", lambda bn, z: called.append(bn) or z)
+    y, squeezed = layer(torch.randn(2, 4, 5, 5, device=device))
+    assert called == [layer.bn]
+    torch.testing.assert_close(squeezed, y.mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_meta_tensors_and_traces(device, on_reference):
+    layer = nn.DepthwiseConvBNAct(4, stride=2, padding="same", device="meta")
+    y = layer(torch.empty(2, 4, 5, 5, device="meta", requires_grad=True))
+    assert y.shape == (2, 4, 3, 3) and y.device.type == "meta"
+    layer = nn.DepthwiseConvBNAct(4, stride=2, padding="same").eval()
+    x = torch.randn(2, 4, 5, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(layer, x)(x), layer(x))
+
+
 def test_autocast(device, on_reference):
     layer = nn.DepthwiseConvBNAct(4).to(device)
     with torch.autocast(device, dtype=torch.bfloat16):

@@ -106,9 +106,6 @@ def conv_bn_act(conv: nn.Conv2d, bn: BatchNormAct2d, x: torch.Tensor, residual=N
 
 def depthwise_conv_bn_act(conv: nn.Conv2d, bn: BatchNormAct2d, x: torch.Tensor, squeeze: bool = False):
     """`act(bn(conv(x)))` as one op; with squeeze also its spatial means `[N, C]`."""
-    if isinstance(bn, nn.SyncBatchNorm) and bn.training:  # its statistics come from other processes too
-        y = conv_bn_act(conv, bn, x)
-        return (y, y.mean((2, 3))) if squeeze else y
     return apply_depthwise_conv_bn_act(conv, bn, x, act=bn.act, padding=_padding(conv), squeeze=squeeze)
 
 

@@ -28,8 +28,3 @@ def batch_norm_arguments(bn: nn.BatchNorm2d) -> tuple[tuple, dict]:
         "momentum": momentum,
         "eps": bn.eps,
     }
-
-
-def is_plain_batch_norm(bn: nn.Module) -> bool:
-    """Whether `bn` normalises with its own process's statistics only (a SyncBatchNorm in training does not)."""
-    return isinstance(bn, nn.BatchNorm2d) and not isinstance(bn, nn.SyncBatchNorm)

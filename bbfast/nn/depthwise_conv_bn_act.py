@@ -7,6 +7,7 @@ from torch import nn
 
 from bbfast import ops
 from bbfast.nn._batch_norm import batch_norm_arguments
+from bbfast.nn.conv_bn_act import apply_conv_bn_act
 
 
 def apply_depthwise_conv_bn_act(
@@ -16,12 +17,22 @@ def apply_depthwise_conv_bn_act(
 
     Args:
         conv: depthwise (groups == in_channels), zero padding.
-        bn: a BatchNorm2d, in train or eval mode.
+        bn: a BatchNorm2d, in train or eval mode. In train mode a SyncBatchNorm runs unfused.
         x: `[N, C, H, W]`.
         act: see `bbfast.ops.depthwise_conv_bn_act`.
         squeeze: also return the spatial means `[N, C]`.
         padding: overrides `conv.padding`, e.g. `"same"` for TensorFlow's rule.
+
+    Raises:
+        ValueError: `conv.padding_mode` is not zeros, or conv is not depthwise.
     """
+    if conv.padding_mode != "zeros":
+        raise ValueError(f"conv has padding_mode={conv.padding_mode!r}; only 'zeros' is supported")
+    if conv.groups != conv.in_channels:
+        raise ValueError(f"conv has groups={conv.groups} for {conv.in_channels} channels; it must have one per channel")
+    if isinstance(bn, nn.SyncBatchNorm) and (bn.training or bn.running_mean is None):
+        y = apply_conv_bn_act(conv, bn, x, act=act, padding=padding)
+        return (y, y.mean((2, 3))) if squeeze else y
     statistics, keywords = batch_norm_arguments(bn)
     return ops.depthwise_conv_bn_act(
         x,

@@ -139,6 +139,8 @@ def resolve_padding(padding, size, kernel_size, stride, dilation) -> tuple[int, 
         return (0, 0, 0, 0)
     if padding == "same":
         sides = []
+        if torch.jit.is_tracing():  # sizes are tensors there, and a trace is for one size anyway
+            size, kernel_size = [int(length) for length in size], [int(k) for k in kernel_size]
         for length, k, s, d in zip(size, kernel_size, stride, dilation):
             total = max((-(-length // s) - 1) * s + (k - 1) * d + 1 - length, 0)
             sides += [total // 2, total - total // 2]
@@ -177,7 +179,7 @@ def conv_output_size(size, kernel_size, stride, padding, dilation) -> tuple[int,
 def to_autocast_dtype(*tensors):
     """Casts to the autocast dtype where autocast is on for the first tensor's device, as torch's conv2d does."""
     device_type = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if _is_castable(t) else t for t in tensors)
