@@ -532,3 +532,17 @@ def test_conv_with_same_padding_agrees(kernel_size, dilation, stride):
     for size in ((7, 8), (1, 13), (16, 3)):
         x = torch.randn(2, 3, *size, dtype=torch.float64)
         torch.testing.assert_close(conv(x), twin(x))
+
+
+@pytest.mark.parametrize("backend", ["onednn", "torch"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_features_keep_the_memory_format(backend, memory_format, monkeypatch):
+    """Inside, a model may change the format for speed; `.view` on its features must work as before."""
+    monkeypatch.setenv("BBFAST_BACKEND", backend)
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=memory_format)
+    for name in ("mobilenetv3_small_050", "efficientnet_lite0"):
+        model = bbfast.create_model(name).eval()
+        with torch.inference_mode():
+            features = model.forward_features(x)
+            assert features.is_contiguous(memory_format=memory_format)
+            torch.testing.assert_close(model.forward_head(features), model(x))

@@ -16,7 +16,7 @@ from bbfast.nn import BatchNormAct2d, to_inference_layout
 
 
 class EfficientNetTrunk(nn.Module):
-    """Stem (a strided 3x3 convolution) and blocks; a subclass adds `forward_features` and `forward_head`.
+    """Stem (a strided 3x3 convolution) and blocks; a subclass adds `_forward_features` and `forward_head`.
 
     Convolutions, BatchNorms, activations and skips run as fused ops, so hooks on the stem's modules and on
     modules inside blocks do not run; hooks on blocks, stages, the classifier and the model do.
@@ -115,7 +115,12 @@ class EfficientNetTrunk(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[N, in_chans, H, W]` images, contiguous or channels_last, to `[N, num_classes]` logits."""
-        return self.forward_head(self.forward_features(x))
+        return self.forward_head(self._forward_features(x))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """The last feature map, `[N, num_features, H / 32, W / 32]`, sizes rounded up, in x's memory format."""
+        features = self._forward_features(x)
+        return features.contiguous() if x.is_contiguous() else features
 
     def _forward_trunk(self, x: torch.Tensor) -> torch.Tensor:
         self._check_input(x)

@@ -95,8 +95,8 @@ class EfficientNet(EfficientNetTrunk):
         self.head_hidden_size = self.num_features * pool.feat_mult()
         self.classifier = self._make_classifier(num_classes).train(self.training)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The last feature map, after conv_head: `[N, num_features, H / 32, W / 32]`, sizes rounded up."""
+    def _forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """What `forward_features` returns: the map, after conv_head."""
         return conv_bn_act(self.conv_head, self.bn2, self._forward_trunk(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

@@ -99,8 +99,8 @@ class MobileNetV3(EfficientNetTrunk):
         self.global_pool = pool.train(self.training)
         self.classifier = classifier.train(self.training)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The last feature map, before the head: `[N, num_features, H / 32, W / 32]`, sizes rounded up."""
+    def _forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """What `forward_features` returns: the map, before the head."""
         return self._forward_trunk(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
