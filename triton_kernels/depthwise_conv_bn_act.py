@@ -34,6 +34,9 @@ from .layout import is_channels_last, new_output
 # Two waves of three programs on each of 132 multiprocessors; below that a program's span of S is halved.
 ENOUGH_PROGRAMS = 768
 
+# Kernels whose programs may sum over several images; in the others each image has its own.
+REDUCING_KERNELS = ("statistics", "conv_grad", "weight_grad")
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
@@ -124,7 +127,7 @@ def choose_config(
     while span > 2 * tile_s and tiles * triton.cdiv(size_s, span) * batch < ENOUGH_PROGRAMS:
         span = triton.cdiv(triton.cdiv(span, 2), tile_s) * tile_s
     images = 1
-    if kernel in ("statistics", "conv_grad", "weight_grad"):
+    if kernel in REDUCING_KERNELS:
         images = max(1, tiles * triton.cdiv(size_s, span) * batch // ENOUGH_PROGRAMS)
     # 168 registers make room for 12 warps per multiprocessor, and 3x3 forwards of stride 1 fit in them from Hopper on.
     # The others name the hardware's own limit, since ptxas left alone may prefer 128 and a spill.
@@ -204,26 +207,54 @@ class _Problem:
             "maxnreg": config.max_registers,
         }
 
-    def config(self, kernel):
+    def cut(self, kernel: str) -> "_Cut":
+        """How one kernel's work is divided among programs."""
         size_t, size_s = self.ts(self.out)
         if kernel == "input_grad":
             size_t, size_s = self.ts(self.x.shape[2:])
             size_t = triton.cdiv(size_t, self.stride[self.t])
-        return (
-            choose_config(
-                kernel,
-                channels_last=self.channels_last,
-                batch=self.batch,
-                channels=self.channels,
-                size_t=size_t,
-                size_s=size_s,
-                kernel_size=self.ts(self.kernel),
-                stride=self.ts(self.stride),
-                capability=device_capability(self.x),
-            ),
-            size_t,
-            size_s,
+        config = choose_config(
+            kernel,
+            channels_last=self.channels_last,
+            batch=self.batch,
+            channels=self.channels,
+            size_t=size_t,
+            size_s=size_s,
+            kernel_size=self.ts(self.kernel),
+            stride=self.ts(self.stride),
+            capability=device_capability(self.x),
         )
+        return _Cut(
+            config,
+            c_tiles=triton.cdiv(self.channels, config.block_c),
+            t_tiles=triton.cdiv(size_t, config.block_t),
+            s_splits=triton.cdiv(size_s, config.span),
+            groups=triton.cdiv(self.batch, config.images) if kernel in REDUCING_KERNELS else self.batch,
+        )
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A launch configuration and how many tiles it makes along each axis (groups: of images)."""
+
+    config: LaunchConfig
+    c_tiles: int
+    t_tiles: int
+    s_splits: int
+    groups: int
+
+    @property
+    def programs(self) -> int:
+        """Programs of one channel tile, each with partials of its own in kernels that reduce."""
+        return self.t_tiles * self.s_splits * self.groups
+
+    @property
+    def padded_channels(self) -> int:
+        return self.c_tiles * self.config.block_c
+
+    def tiles(self) -> tuple[int, int, int, int]:
+        """The arguments c_tiles, t_tiles, s_splits and span of a kernel."""
+        return self.c_tiles, self.t_tiles, self.s_splits, self.config.span
 
 
 def _on_device(x):
@@ -259,29 +290,23 @@ def _pack(problem, bias, bn_weight, bn_bias, mean, spread, eps, spread_kind):
 def _statistics(problem, packed, bias, running_mean, running_var, momentum, eps):
     """(mean, invstd) of z = conv(x) + bias over the batch; moves the running statistics."""
     x = problem.x
-    config, size_t, size_s = problem.config("statistics")
-    c_tiles = triton.cdiv(problem.channels, config.block_c)
-    t_tiles, s_splits = triton.cdiv(size_t, config.block_t), triton.cdiv(size_s, config.span)
-    programs = t_tiles * s_splits * triton.cdiv(problem.batch, config.images)
-    partials = x.new_empty((programs, 4, problem.channels), dtype=torch.float32)
+    cut = problem.cut("statistics")
+    partials = x.new_empty((cut.programs, 4, problem.channels), dtype=torch.float32)
     vector = problem.vector(x)
-    _statistics_kernel[(programs * c_tiles,)](
+    _statistics_kernel[(cut.programs * cut.c_tiles,)](
         x,
         packed,
         bias,
         partials,
         problem.batch,
-        config.images,
-        c_tiles,
-        t_tiles,
-        s_splits,
-        config.span,
+        cut.config.images,
+        *cut.tiles(),
         problem.channels // vector,
         problem.packed_stride,
         *problem.sizes(),
         *problem.ts(problem.pad_begin),
         *problem.strides(x, vector),
-        **problem.constants(config, vector),
+        **problem.constants(cut.config, vector),
     )
     return finalize_statistics(partials, running_mean, running_var, momentum, eps)
 
@@ -318,28 +343,24 @@ def forward(
             kind = "none" if running_mean is None else "var"
             packed = _pack(problem, bias, bn_weight, bn_bias, running_mean, running_var, eps, kind)
 
-        config, size_t, size_s = problem.config("forward")
-        c_tiles = triton.cdiv(problem.channels, config.block_c)
-        t_tiles, s_splits = triton.cdiv(size_t, config.block_t), triton.cdiv(size_s, config.span)
+        cut = problem.cut("forward")
         y = new_output(x, (problem.batch, problem.channels, *problem.out))
         squeezed = partials = None
         factor = 1.0 / (problem.out[0] * problem.out[1])
         if squeeze:
             squeezed = partials = x.new_empty((problem.batch, problem.channels))
-            if t_tiles * s_splits > 1:
-                shape = (problem.batch, t_tiles * s_splits, problem.channels)
+            per_image = cut.t_tiles * cut.s_splits
+            if per_image > 1:
+                shape = (problem.batch, per_image, problem.channels)
                 partials = x.new_empty(shape, dtype=torch.float32)
         vector = problem.vector(x, y)
-        _forward_kernel[(c_tiles * t_tiles * s_splits * problem.batch,)](
+        _forward_kernel[(cut.programs * cut.c_tiles,)](
             x,
             packed,
             y,
             partials,
             factor,
-            c_tiles,
-            t_tiles,
-            s_splits,
-            config.span,
+            *cut.tiles(),
             problem.channels // vector,
             problem.packed_stride,
             *problem.sizes(),
@@ -347,7 +368,7 @@ def forward(
             *problem.strides(x, vector),
             *problem.strides(y, vector),
             ACT=act,
-            **problem.constants(config, vector),
+            **problem.constants(cut.config, vector),
         )
         if partials is not squeezed:
             squeezed.copy_(partials.sum(1))
@@ -414,16 +435,12 @@ def backward(
 def _conv_grad(problem, packed, grad_y, grad_squeeze, act, sums, dz):
     """Writes dz where given; returns the sums [2, padded channels] of g and g * normalised unless they are given."""
     x = problem.x
-    config, size_t, size_s = problem.config("conv_grad")
-    c_tiles = triton.cdiv(problem.channels, config.block_c)
-    t_tiles, s_splits = triton.cdiv(size_t, config.block_t), triton.cdiv(size_s, config.span)
-    programs = t_tiles * s_splits * triton.cdiv(problem.batch, config.images)
-    partial_stride = c_tiles * config.block_c
+    cut = problem.cut("conv_grad")
     partials = None
     if sums is None:
-        partials = x.new_empty((programs, 2 * partial_stride), dtype=torch.float32)
+        partials = x.new_empty((cut.programs, 2 * cut.padded_channels), dtype=torch.float32)
     vector = problem.vector(x, grad_y) if dz is None else problem.vector(x, grad_y, dz)
-    _conv_grad_kernel[(programs * c_tiles,)](
+    _conv_grad_kernel[(cut.programs * cut.c_tiles,)](
         x,
         packed,
         grad_y,
@@ -434,23 +451,20 @@ def _conv_grad(problem, packed, grad_y, grad_squeeze, act, sums, dz):
         1.0 / (problem.out[0] * problem.out[1]),
         1.0 / problem.count,
         problem.batch,
-        config.images,
-        c_tiles,
-        t_tiles,
-        s_splits,
-        config.span,
+        cut.config.images,
+        *cut.tiles(),
         problem.channels // vector,
         problem.packed_stride,
-        partial_stride,
+        cut.padded_channels,
         *problem.sizes(),
         *problem.ts(problem.pad_begin),
         *problem.strides(x, vector),
         *problem.strides(grad_y, vector),
         *((0, 0, 0, 0) if dz is None else problem.strides(dz, vector)),
         ACT=act,
-        **problem.constants(config, vector),
+        **problem.constants(cut.config, vector),
     )
-    return sums if partials is None else sum_partials(partials).view(2, partial_stride)
+    return sums if partials is None else sum_partials(partials).view(2, cut.padded_channels)
 
 
 def _taps_by_residue(kernel: int, stride: int, dilation: int, padding: int) -> tuple[tuple[int, ...], int]:
@@ -467,22 +481,17 @@ def _taps_by_residue(kernel: int, stride: int, dilation: int, padding: int) -> t
 
 def _input_grad(problem, packed, dz):
     dx = new_output(problem.x, problem.x.shape)
-    config, size_t, size_s = problem.config("input_grad")
-    c_tiles = triton.cdiv(problem.channels, config.block_c)
-    t_tiles, s_splits = triton.cdiv(size_t, config.block_t), triton.cdiv(size_s, config.span)
+    cut = problem.cut("input_grad")
     vector = problem.vector(dz, dx)
     pad_t, pad_s = problem.ts(problem.pad_begin)
     first_taps, tap_step = _taps_by_residue(
         problem.kernel[problem.t], problem.stride[problem.t], problem.dilation[problem.t], pad_t
     )
-    _input_grad_kernel[(c_tiles * t_tiles * s_splits * problem.batch,)](
+    _input_grad_kernel[(cut.programs * cut.c_tiles,)](
         dz,
         packed,
         dx,
-        c_tiles,
-        t_tiles,
-        s_splits,
-        config.span,
+        *cut.tiles(),
         problem.channels // vector,
         problem.packed_stride,
         *problem.sizes(),
@@ -492,41 +501,34 @@ def _input_grad(problem, packed, dz):
         PAD_S=pad_s,
         FIRST_TAPS=first_taps,
         TAP_STEP=tap_step,
-        **problem.constants(config, vector),
+        **problem.constants(cut.config, vector),
     )
     return dx
 
 
 def _weight_grad(problem, dz):
     x, (kernel_t, kernel_s) = problem.x, problem.ts(problem.kernel)
-    config, size_t, size_s = problem.config("weight_grad")
-    c_tiles = triton.cdiv(problem.channels, config.block_c)
-    t_tiles, s_splits = triton.cdiv(size_t, config.block_t), triton.cdiv(size_s, config.span)
-    programs = t_tiles * s_splits * triton.cdiv(problem.batch, config.images)
-    row_groups = triton.cdiv(kernel_t, config.rows)
-    partial_stride = c_tiles * config.block_c
-    partials = x.new_empty((programs, kernel_t * kernel_s * partial_stride), dtype=torch.float32)
+    cut = problem.cut("weight_grad")
+    row_groups = triton.cdiv(kernel_t, cut.config.rows)
+    partials = x.new_empty((cut.programs, kernel_t * kernel_s * cut.padded_channels), dtype=torch.float32)
     vector = problem.vector(x, dz)
-    _weight_grad_kernel[(row_groups * programs * c_tiles,)](
+    _weight_grad_kernel[(row_groups * cut.programs * cut.c_tiles,)](
         x,
         dz,
         partials,
         problem.batch,
-        config.images,
-        c_tiles,
-        t_tiles,
-        s_splits,
-        config.span,
+        cut.config.images,
+        *cut.tiles(),
         row_groups,
         problem.channels // vector,
-        partial_stride,
+        cut.padded_channels,
         *problem.sizes(),
         *problem.ts(problem.pad_begin),
         *problem.strides(x, vector),
         *problem.strides(dz, vector),
-        ROWS=config.rows,
-        **problem.constants(config, vector),
+        ROWS=cut.config.rows,
+        **problem.constants(cut.config, vector),
     )
-    taps = sum_partials(partials).view(kernel_t, kernel_s, partial_stride)[:, :, : problem.channels]
+    taps = sum_partials(partials).view(kernel_t, kernel_s, cut.padded_channels)[:, :, : problem.channels]
     taps = taps.permute(2, 0, 1) if problem.channels_last else taps.permute(2, 1, 0)
     return problem.weight.new_empty(problem.weight.shape).copy_(taps.unsqueeze(1))

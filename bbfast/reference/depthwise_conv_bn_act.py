@@ -7,15 +7,7 @@ import torch.nn.functional as F
 
 from bbfast.reference.activation import activation, activation_backward
 from bbfast.reference.batch_norm import batch_norm
-
-
-def depthwise_conv(x, weight, bias, stride, padding, dilation) -> torch.Tensor:
-    """`conv2d` with one group per input channel; padding is (top, bottom, left, right)."""
-    top, bottom, left, right = padding
-    if (top, left) != (bottom, right):
-        x = F.pad(x, (left, right, top, bottom))
-        top = left = 0
-    return F.conv2d(x, weight, bias, stride, (top, left), dilation, groups=x.shape[1])
+from bbfast.reference.conv_bn_act import padded_conv
 
 
 def depthwise_conv_bn_act(
@@ -43,7 +35,7 @@ def depthwise_conv_bn_act(
     Returns:
         y [N, C, H', W']; squeeze means [N, C] or None; mean [C] and invstd [C] that normalised.
     """
-    z = depthwise_conv(x, weight, bias, stride, padding, dilation)
+    z = padded_conv(x, weight, bias, stride, padding, dilation, x.shape[1])
     normalised, mean, invstd = batch_norm(z, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
     y = activation(normalised, act)
     return y, y.mean((2, 3)) if squeeze else None, mean, invstd
@@ -70,7 +62,7 @@ def depthwise_conv_bn_act_backward(
 
     Recomputes the convolution and its statistics, then calls the backward functions that torch's autograd calls.
     """
-    z = depthwise_conv(x, weight, bias, stride, padding, dilation)
+    z = padded_conv(x, weight, bias, stride, padding, dilation, x.shape[1])
     statistics = (None, None) if training else (running_mean, running_var)
     normalised, mean, invstd = batch_norm(z, bn_weight, bn_bias, *statistics, training, 0.0, eps)
     if grad_squeeze is not None:
