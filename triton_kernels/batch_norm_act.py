@@ -89,10 +89,10 @@ def _normalised_and_grad(
 
 
 # Tile: block_c channels x block_p positions, `tiles_per_program` of them. Reads x once (and the program's first
-# tile again, from the cache); writes count, mean and M2 per channel and program, 12 bytes. Registers: a tile of x
-# and two fp32 accumulators of its size. Values are taken relative to the mean of the program's first tile: M2 holds
-# at least that tile's share of the squared distance to this shift, so S2 - S1^2 / n loses at most a factor of
-# `tiles_per_program` in precision, however large the offset that all values have in common.
+# tile again, from the cache); writes count, mean, M2 and what rounding took from the mean, per channel and program,
+# 16 bytes. Registers: a tile of x and two fp32 accumulators of its size. Values are taken relative to the mean of the
+# program's first tile: M2 holds at least that tile's share of the squared distance to this shift, so S2 - S1^2 / n
+# loses at most a factor of `tiles_per_program` in precision, however large the offset that all values have in common.
 @triton.jit
 def _batch_norm_statistics_kernel(
     x_ptr,
@@ -132,10 +132,12 @@ def _batch_norm_statistics_kernel(
 
     total = sum_per_channel(sums, WALK)
     m2 = tl.maximum(sum_per_channel(squares, WALK) - total * (total / count), 0.0)
-    row = tl.program_id(1) * 3
+    mean = shift + total / count
+    row = tl.program_id(1) * 4
     store_per_channel(partials_ptr, row, tl.zeros_like(total) + count, sizes, WALK)
-    store_per_channel(partials_ptr, row + 1, shift + total / count, sizes, WALK)
+    store_per_channel(partials_ptr, row + 1, mean, sizes, WALK)
     store_per_channel(partials_ptr, row + 2, m2, sizes, WALK)
+    store_per_channel(partials_ptr, row + 3, (shift - mean) + total / count, sizes, WALK)
 
 
 # Tile: block_c channels x block_p positions, `tiles_per_program` of them. Reads x (and the residual) once, writes
@@ -387,10 +389,10 @@ def forward(
 
 
 def _partial_statistics(x: torch.Tensor) -> torch.Tensor:
-    """Per-program count, mean and M2, fp32 `[programs, 3, C]`."""
+    """Per-program count, mean, M2 and rounding of the mean, fp32 `[programs, 4, C]`."""
     walked = geometry([x], merge_samples=True)
     split = walked.split(x.device, REDUCING_PROGRAMS, MOST_PARTIALS)
-    partials = x.new_empty((split.programs, 3, x.shape[1]), dtype=torch.float32)
+    partials = x.new_empty((split.programs, 4, x.shape[1]), dtype=torch.float32)
     _batch_norm_statistics_kernel[(walked.channel_blocks, split.programs)](
         x,
         partials,
