@@ -204,14 +204,14 @@ def test_full_size_agrees(name):
 def test_gradients_agree_in_single_precision(name, arguments):
     """By the rule, where slopes have no jumps and BatchNorm normalises many values, so that rounding stays rounding."""
     arguments = {"num_classes": 7, **arguments}
-    state, x, grad_out = random_state(name, **arguments), torch.randn(4, 3, 96, 96), torch.randn(4, 7)
+    state, x, grad_out = random_state(name, **arguments), torch.randn(4, 3, 128, 128), torch.randn(4, 7)
     ours, theirs, exact = (
         training_step(make(library, name, state, dtype, **arguments), x, grad_out)
         for library, dtype in ((bbfast, torch.float32), (timm, torch.float32), (timm, torch.float64))
     )
     for key, value in exact.items():
         if not key.endswith("num_batches_tracked"):
-            numerics.assert_within_rule(key, ours[key], value, theirs[key], rows=4 * 48 * 48)  # pixels of the stem
+            numerics.assert_within_rule(key, ours[key], value, theirs[key], rows=4 * 64 * 64)  # pixels of the stem
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
