@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .activation import activation, activation_grad
-from .batch_statistics import finalize_statistics, sum_partials
+from .batch_statistics import MAX_REGISTERS, finalize_statistics, sum_partials
 from .channel_tile import (
     geometry,
     load_per_channel,
@@ -402,6 +402,7 @@ def _partial_statistics(x: torch.Tensor) -> torch.Tensor:
         *walked.stride_arguments(),
         WALK=walked.walk,
         num_warps=FORWARD_WARPS,
+        maxnreg=MAX_REGISTERS,
     )
     return partials
 
