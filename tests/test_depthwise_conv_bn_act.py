@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -443,6 +446,19 @@ def test_twice_differentiating_raises(device, on_reference):
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_first_kernel_call_in_inference_mode():
+    """The kernels are imported by their first call, wherever that is made."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    program = f"""
+import torch, bbfast
+with torch.inference_mode():
+    x, weight = torch.randn(1, 2, 4, 4, device="{device}"), torch.randn(2, 1, 3, 3, device="{device}")
+    bbfast.ops.depthwise_conv_bn_act(x, weight, None, None, None, None, act="hardswish")
+assert bbfast.dispatch.last_choices()["depthwise_conv_bn_act"].backend == "triton"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {"BBFAST_BACKEND": "triton"})
 
 
 def _bad(**changes):
