@@ -288,10 +288,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def new_output(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised dense tensor of x's shape and memory format."""
-    n, c, h, w = x.shape
-    if layout.is_channels_last(x):
-        return x.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
-    return x.new_empty((n, c, h, w), dtype=dtype)
+    return layout.new_output(x, x.shape, dtype)
 
 
 def flat_samples(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -9,10 +9,7 @@ from bbfast.ops import _common
 
 def new_dense(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised tensor of x's shape and memory format (NHWC stays NHWC)."""
-    if _common.is_channels_last(x):
-        n, c, h, w = x.shape
-        return x.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
-    return x.new_empty(x.shape, dtype=dtype)
+    return _common.new_output(x, x.shape, dtype)
 
 
 def dense_like(x: torch.Tensor, y: torch.Tensor, *, shared_with: tuple = ()) -> torch.Tensor:
