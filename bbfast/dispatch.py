@@ -52,6 +52,8 @@ class Backend:
         return Choice(self.name, ())
 
 
+TRITON_ON_CPU = "x is on the CPU (kernels need a CUDA tensor, or TRITON_INTERPRET=1)"
+
 _choices: dict[str, Choice] = {}
 _warned: set[tuple[str, str]] = set()
 
@@ -97,6 +99,11 @@ def select(op: str, kernels: Sequence[Backend], reference: Callable, *args) -> C
     return reference
 
 
+def record(op: str, choice: Choice) -> None:
+    """Notes what `op` ran on, for `last_choices`, where nobody had to choose."""
+    _choices[op] = choice
+
+
 def last_choices() -> dict[str, Choice]:
     """For each op that ran in this process: the backend of its last call, and why others were passed over."""
     return dict(_choices)
@@ -118,7 +125,7 @@ def _warn_once(op: str, reasons: Sequence[str]) -> None:
 def triton_unavailable_reasons(x: torch.Tensor) -> list[str]:
     """Why Triton kernels cannot run on `x`'s device at all (empty: they can)."""
     if x.is_cpu and not env.TRITON_INTERPRET:  # first, for this is asked in every layer on a CPU
-        return ["x is on the CPU (kernels need a CUDA tensor, or TRITON_INTERPRET=1)"]
+        return [TRITON_ON_CPU]
     try:
         import triton
     except ModuleNotFoundError:

@@ -6,6 +6,7 @@
 #include "build_config.h"  // written by setup.py
 #include "depthwise_conv_bn_act.h"
 #include "pointwise_conv_bn_act.h"
+#include "shortcut.h"
 #ifdef BBFAST_WITH_CUDA
 #include "device_info.h"
 #endif
@@ -104,4 +105,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("bn_bias"), py::arg("running_mean"), py::arg("running_var"), py::arg("residual"), py::arg("eps"),
         py::arg("act"), py::call_guard<py::gil_scoped_release>(),
         "Pointwise conv + BatchNorm + residual + act of a channels_last float32 CPU map.");
+  m.def("try_depthwise_conv_bn_act", &try_depthwise_conv_bn_act,
+        "(y, squeeze means or empty) where checks and dispatcher would lead to the kernel, else None.");
+  m.def("try_pointwise_conv_bn_act", &try_pointwise_conv_bn_act,
+        "y where checks and dispatcher would lead to the kernel, else None.");
 }

@@ -119,17 +119,29 @@ def assert_forward_agrees(name: str, size: int, batch: int = 2) -> None:
 
 
 def assert_training_agrees(name: str, size: int, *, train: bool = True, batch: int = 3) -> None:
-    """Compares output, gradients and running statistics of one step tensor by tensor in double precision.
+    """Compares output, gradients and running statistics of one step, tensor by tensor, in both precisions.
 
-    There neither rounding, which a BatchNorm of few values blows up, nor an activation that rounding takes across a
-    jump in the slope of ReLU hides anything, so the bounds are nine digits, not a multiple of somebody's error.
+    Double precision leaves nothing to hide behind: nine digits. Single precision goes by the rule. There an activation
+    that rounding takes across a jump in ReLU's slope moves whole gradients, and BatchNorm blows rounding up, in timm
+    as in ours; so timm's own error is the largest of its steps from three roundings of the same parameters.
     """
     state = random_state(name, **TRAINING)
     x, grad_out = torch.randn(batch, 3, size, size + 7), torch.randn(batch, 7)
-    ours, theirs = (
-        training_step(make(library, name, state, torch.float64, **TRAINING), x, grad_out, train=train)
-        for library in (bbfast, timm)
-    )
+
+    def step(library, dtype=torch.float32, state=state):
+        return training_step(make(library, name, state, dtype, **TRAINING), x, grad_out, train=train)
+
+    exact = step(timm, torch.float64)
+    assert_equal_to_nine_digits(step(bbfast, torch.float64), exact)
+    ours, roundings = step(bbfast), [step(timm), *(step(timm, state=rounded_anew(state)) for _ in range(2))]
+    for key, value in exact.items():
+        if not key.endswith("num_batches_tracked"):
+            theirs = max((r[key] for r in roundings), key=lambda theirs: (theirs.double() - value).abs().max())
+            rows = batch * (size // 2) ** 2 if key.startswith("gradient") else 1  # pixels of the stem
+            numerics.assert_within_rule(key, ours[key], value, theirs, rows=rows)
+
+
+def assert_equal_to_nine_digits(ours: dict, theirs: dict) -> None:
     assert ours.keys() == theirs.keys()
     # The yardstick for a bias in front of a BatchNorm, whose own gradient cancels to nothing.
     scale = max(value.abs().max().item() for key, value in theirs.items() if key.startswith("gradient"))
@@ -137,6 +149,14 @@ def assert_training_agrees(name: str, size: int, *, train: bool = True, batch: i
         error = (ours[key] - value).abs().max().item()
         allowed = 1e-9 * value.abs().max().item() + 1e-12 * scale
         assert error <= allowed, f"{key}: error {error:.3g} > {allowed:.3g}"
+
+
+def rounded_anew(state: dict) -> dict:
+    """`state` with each value moved by one unit in the last place, up or down."""
+    return {
+        key: value.nextafter(2 * value * torch.rand(value.shape)) if value.is_floating_point() else value
+        for key, value in state.items()
+    }
 
 
 # ---- parity ----------------------------------------------------------------------------------------------
@@ -195,23 +215,6 @@ def test_training_with_frozen_statistics_agrees(name):
 def test_full_size_agrees(name):
     assert_forward_agrees(name, 224)
     assert_training_agrees(name, 224, batch=2)
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [("efficientnet_b0", {}), ("mobilenetv2_035", {"act_layer": "swish"}), ("mobilenetv2_050", {"act_layer": "gelu"})],
-)
-def test_gradients_agree_in_single_precision(name, arguments):
-    """By the rule, where slopes have no jumps and BatchNorm normalises many values, so that rounding stays rounding."""
-    arguments = {"num_classes": 7, **arguments}
-    state, x, grad_out = random_state(name, **arguments), torch.randn(4, 3, 128, 128), torch.randn(4, 7)
-    ours, theirs, exact = (
-        training_step(make(library, name, state, dtype, **arguments), x, grad_out)
-        for library, dtype in ((bbfast, torch.float32), (timm, torch.float32), (timm, torch.float64))
-    )
-    for key, value in exact.items():
-        if not key.endswith("num_batches_tracked"):
-            numerics.assert_within_rule(key, ours[key], value, theirs[key], rows=4 * 64 * 64)  # pixels of the stem
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)

@@ -34,22 +34,24 @@ def apply_conv_bn_act(
     """
     if conv.padding_mode != "zeros":
         raise ValueError(f"conv has padding_mode={conv.padding_mode!r}; only 'zeros' is supported")
-    geometry = {
-        "bias": conv.bias,
-        "stride": conv.stride,
-        "padding": conv.padding if padding is None else padding,
-        "dilation": conv.dilation,
-        "groups": conv.groups,
-    }
-    no_bn = (None, None, None, None)
-    if bn is None:
-        return ops.conv_bn_act(x, conv.weight, *no_bn, act=act, residual=residual, **geometry)
     if isinstance(bn, nn.SyncBatchNorm) and (bn.training or bn.running_mean is None):
         # Its statistics come from other processes. A subclass that activates must not do so twice.
-        y = nn.SyncBatchNorm.forward(bn, ops.conv_bn_act(x, conv.weight, *no_bn, act="identity", **geometry))
+        y = nn.SyncBatchNorm.forward(bn, apply_conv_bn_act(conv, None, x, act="identity", padding=padding))
         return activation(y if residual is None else y + residual, act)
-    statistics, keywords = batch_norm_arguments(bn)
-    return ops.conv_bn_act(x, conv.weight, *statistics, act=act, residual=residual, **geometry, **keywords)
+    statistics, settings = ((None, None, None, None), {}) if bn is None else batch_norm_arguments(bn)
+    return ops.conv_bn_act(
+        x,
+        conv.weight,
+        *statistics,
+        bias=conv.bias,
+        stride=conv.stride,
+        padding=conv.padding if padding is None else padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        act=act,
+        residual=residual,
+        **settings,
+    )
 
 
 def to_inference_layout(x: torch.Tensor) -> torch.Tensor:

@@ -41,14 +41,17 @@ def check_tensor(name: str, value, *, rank: int | None = None, layout: str = "")
         raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(value.shape)}")
 
 
-def check_channel_vector(name: str, value, channels: int, like: torch.Tensor) -> None:
-    """Raises unless `value` is None or a [channels] tensor on `like`'s device."""
-    if value is None:
-        return
-    check_tensor(name, value)
-    if value.shape != (channels,):
-        raise ValueError(f"{name} must have shape ({channels},), one value per channel, got {tuple(value.shape)}")
-    check_same_device(name, value, like)
+def check_channel_vectors(values: dict, channels: int, like: torch.Tensor) -> None:
+    """Raises unless each of `values` (by name) is None or a [channels] tensor on `like`'s device."""
+    shape, device = (channels,), like.device
+    for name, value in values.items():
+        if value is None:
+            continue
+        check_tensor(name, value)
+        if value.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, one value per channel, got {tuple(value.shape)}")
+        if value.device != device:
+            check_same_device(name, value, like)
 
 
 def check_same_device(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
@@ -76,10 +79,8 @@ def check_batch_norm(
     names,
 ) -> None:
     """Checks the BatchNorm arguments that several ops take; `names` are what the op calls weight and bias."""
-    for name, value in ((names[0], bn_weight), (names[1], bn_bias)):
-        check_channel_vector(name, value, channels, like)
-    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
-        check_channel_vector(name, value, channels, like)
+    vectors = {names[0]: bn_weight, names[1]: bn_bias, "running_mean": running_mean, "running_var": running_var}
+    check_channel_vectors(vectors, channels, like)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must both be tensors or both be None")
     if running_mean is None and training is False and (bn_weight is not None or bn_bias is not None):
@@ -163,23 +164,28 @@ def conv_output_size(size, kernel_size, stride, padding, dilation) -> tuple[int,
     Raises:
         ValueError: the dilated kernel is larger than the padded input.
     """
-    out = []
-    for axis, (length, k, s, d) in enumerate(zip(size, kernel_size, stride, dilation)):
-        padded = length + padding[2 * axis] + padding[2 * axis + 1]
-        extent = (k - 1) * d + 1
-        if padded < extent:
-            raise ValueError(
-                f"the kernel spans {extent} pixels along {'HW'[axis]} (kernel_size {k}, dilation {d}) but the padded "
-                f"input has only {padded}"
-            )
-        out.append((padded - extent) // s + 1)
-    return tuple(out)
+    top, bottom, left, right = padding
+    return (
+        _output_length("H", size[0] + top + bottom, kernel_size[0], stride[0], dilation[0]),
+        _output_length("W", size[1] + left + right, kernel_size[1], stride[1], dilation[1]),
+    )
+
+
+def _output_length(axis: str, padded: int, kernel_size: int, stride: int, dilation: int) -> int:
+    extent = (kernel_size - 1) * dilation + 1
+    if padded < extent:
+        raise ValueError(
+            f"the kernel spans {extent} pixels along {axis} (kernel_size {kernel_size}, dilation {dilation}) but the "
+            f"padded input has only {padded}"
+        )
+    return (padded - extent) // stride + 1
 
 
 def to_autocast_dtype(*tensors):
     """Casts to the autocast dtype where autocast is on for the first tensor's device, as torch's conv2d does."""
     device_type = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    if not available or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if _is_castable(t) else t for t in tensors)

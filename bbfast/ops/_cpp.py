@@ -1,10 +1,10 @@
-"""The extension's CPU kernels: which maps they take, and calls of them."""
+"""The extension's CPU kernels: which maps they take, calls of them, and the short way to them."""
 
 from __future__ import annotations
 
 import torch
 
-from bbfast import extension
+from bbfast import dispatch, env, extension
 from bbfast.ops import _common
 
 
@@ -51,3 +51,39 @@ def depthwise_conv_bn_act(x, *args) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     y, squeezed = extension.load().depthwise_conv_bn_act(x, *args)
     return y, squeezed if args[-1] else None
+
+
+# ---- the short way ---------------------------------------------------------------------------------------
+#
+# Checks, torch's dispatcher and the choice of a backend cost more than the kernel of a small layer. For the plainest
+# calls (float32, channels_last, inference, nobody tracing or watching) the extension answers at once, and with None
+# where it is not sure that the long way would lead to the same kernel. Arguments need no checks: a wrong one is None.
+
+_AT_ONCE = dispatch.Choice("cpp", ())
+_AT_ONCE_AFTER_TRITON = dispatch.Choice("cpp", (f"triton: {dispatch.TRITON_ON_CPU}",))
+
+
+def try_pointwise_conv_bn_act(op: str, x, *args) -> torch.Tensor | None:
+    """`op`'s result, or None where the long way must be taken. args: as the public function's, in its order."""
+    if not _may_take_short_way(x):
+        return None
+    y = extension.load().try_pointwise_conv_bn_act(x, *args)
+    if y is not None:
+        dispatch.record(op, _AT_ONCE)
+    return y
+
+
+def try_depthwise_conv_bn_act(op: str, x, *args) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`op`'s (y, squeeze means or empty), or None where the long way must be taken."""
+    if env.TRITON_INTERPRET or not _may_take_short_way(x):
+        return None
+    outputs = extension.load().try_depthwise_conv_bn_act(x, *args)
+    if outputs is not None:
+        dispatch.record(op, _AT_ONCE_AFTER_TRITON)
+    return outputs
+
+
+def _may_take_short_way(x) -> bool:
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not x.is_cpu:
+        return False
+    return env.backend() == "auto" and extension.load() is not None

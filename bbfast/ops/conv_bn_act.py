@@ -40,7 +40,7 @@ def _check(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, group
         )
     if weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype} but x has {x.dtype}; convert one of them")
-    _common.check_channel_vector("bias", bias, out_channels, x)
+    _common.check_channel_vectors({"bias": bias}, out_channels, x)
     if bias is not None and bias.dtype != x.dtype:
         raise TypeError(f"bias has dtype {bias.dtype} but x has {x.dtype}; convert one of them")
     statistics = (bn_weight, bn_bias, running_mean, running_var)
@@ -62,18 +62,17 @@ def _check_residual(residual, x, shape):
 # ---- backends --------------------------------------------------------------------------------------------
 
 
-def _training_reasons(training, needs_grad) -> list[str]:
-    reasons = []
+def _inference_reasons(training, needs_grad) -> list[str]:
     if training:
-        reasons.append("training=True; the fused convolution is for inference")
+        return ["training=True; the fused convolution is for inference"]
     if needs_grad:
-        reasons.append("gradients are needed; the fused convolution is for inference (use torch.no_grad())")
-    return reasons
+        return ["gradients are needed; the fused convolution is for inference (use torch.no_grad())"]
+    return []
 
 
 def _cpp_unsupported_reasons(x, weight, *args) -> list[str]:
     *_, stride, padding, _dilation, groups, _eps, _act, training, needs_grad = args
-    reasons = _cpp.unsupported_reasons(x) + _training_reasons(training, needs_grad)
+    reasons = _cpp.unsupported_reasons(x) + _inference_reasons(training, needs_grad)
     if weight.shape[2:] != (1, 1) or tuple(stride) != (1, 1) or any(padding) or groups != 1:
         reasons.append("the convolution is not pointwise (1x1, stride 1, no padding, groups 1)")
     elif not _cpp.has_even_pixels(x):
@@ -82,7 +81,7 @@ def _cpp_unsupported_reasons(x, weight, *args) -> list[str]:
 
 
 def _onednn_unsupported_reasons(x, *args) -> list[str]:
-    return _onednn.unsupported_reasons(x) + _training_reasons(*args[-2:])
+    return _onednn.unsupported_reasons(x) + _inference_reasons(*args[-2:])
 
 
 def _run_cpp(x, *args):
@@ -205,21 +204,24 @@ def conv_bn_act(
         count at once. NaN passes through every activation. Under autocast x, weight, bias and residual are
         cast as for torch's conv2d.
     """
+    settings = (stride, padding, dilation, groups, training, momentum, eps, act)
+    statistics = (bn_weight, bn_bias, running_mean, running_var)
+    y = _cpp.try_pointwise_conv_bn_act(OP, x, weight, *statistics, bias, residual, *settings)
+    if y is not None:
+        return y
+
     x, weight, bias, residual = _common.to_autocast_dtype(x, weight, bias, residual)
     _check(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, groups, training, momentum, eps, act)
     stride = _common.pair("stride", stride, 1)
     dilation = _common.pair("dilation", dilation, 1)
     padding = _common.resolve_padding(padding, x.shape[2:], weight.shape[2:], stride, dilation)
-    shape = (
-        x.shape[0],
-        weight.shape[0],
-        *_common.conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation),
-    )
+    size = _common.conv_output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    shape = (x.shape[0], weight.shape[0], *size)
     _check_residual(residual, x, shape)
     if training:
         _common.check_batch_statistics(shape[0] * shape[2] * shape[3], shape)
 
-    tensors = (x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual)
+    tensors = (x, weight, bias, *statistics, residual)
     geometry = (stride, padding, dilation, groups)
     needs_grad = _common.needs_grad(x, weight, bias, bn_weight, bn_bias, residual)
     if x.device.type == "cpu" and not training and not needs_grad:

@@ -37,7 +37,7 @@ def _check(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, train
         raise ValueError(f"weight has an empty kernel: shape {tuple(weight.shape)}")
     if weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype} but x has {x.dtype}; convert one of them")
-    _common.check_channel_vector("bias", bias, weight.shape[0], x)
+    _common.check_channel_vectors({"bias": bias}, weight.shape[0], x)
     statistics = (bn_weight, bn_bias, running_mean, running_var)
     _common.check_batch_norm(weight.shape[0], x, *statistics, training, momentum, eps, ("bn_weight", "bn_bias"))
     _common.check_act(act)
@@ -304,6 +304,13 @@ def depthwise_conv_bn_act(
         before BatchNorm. Under autocast x, weight and bias are cast as for torch's conv2d. Gradients of all
         inputs are deterministic (no atomics) and once differentiable.
     """
+    settings = (stride, padding, dilation, training, momentum, eps, act, squeeze)
+    outputs = _cpp.try_depthwise_conv_bn_act(
+        OP, x, weight, bn_weight, bn_bias, running_mean, running_var, bias, *settings
+    )
+    if outputs is not None:
+        return outputs if squeeze else outputs[0]
+
     x, weight, bias = _common.to_autocast_dtype(x, weight, bias)
     _check(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps, act, squeeze)
     stride = _common.pair("stride", stride, 1)
