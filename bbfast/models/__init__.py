@@ -1,6 +1,6 @@
 """Backbones with timm's names and state_dict keys, and the registry that makes them."""
 
-from bbfast.models import efficientnet, mobilenetv3
+from bbfast.models import efficientnet, mobilenetv3, swin_transformer
 from bbfast.models._factory import create_model
 from bbfast.models._pretrained import PretrainedCfg, load_checkpoint
 from bbfast.models._registry import (
@@ -24,4 +24,5 @@ __all__ = [
     "model_entrypoint",
     "register_model",
     "split_model_name_tag",
+    "swin_transformer",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +12,7 @@ from bbfast.models._efficientnet_blocks import SqueezeExcite, conv_bn_act, creat
 from bbfast.models._efficientnet_builder import BlockArgs, build_trunk
 from bbfast.models._pretrained import PretrainedCfg
 from bbfast.nn import BatchNormAct2d, to_inference_layout
+from bbfast.nn._arguments import check_int, check_probability
 
 
 class EfficientNetTrunk(nn.Module):
@@ -66,10 +66,10 @@ class EfficientNetTrunk(nn.Module):
         device,
         dtype,
     ):
-        check_num_classes(num_classes)
-        _check_int("in_chans", in_chans, minimum=1)
-        _check_probability("drop_rate", drop_rate)
-        _check_probability("drop_path_rate", drop_path_rate)
+        check_int("num_classes", num_classes, minimum=0)
+        check_int("in_chans", in_chans, minimum=1)
+        check_probability("drop_rate", drop_rate)
+        check_probability("drop_path_rate", drop_path_rate)
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         act = resolve_act(act_layer)
@@ -144,7 +144,7 @@ class EfficientNetTrunk(nn.Module):
 
     def _make_classifier(self, num_classes: int) -> nn.Module:
         """A classifier of head_hidden_size inputs, placed and typed as the stem is."""
-        check_num_classes(num_classes)
+        check_int("num_classes", num_classes, minimum=0)
         if num_classes == 0:
             return nn.Identity()
         weight = self.conv_stem.weight
@@ -162,22 +162,3 @@ def pretrained_cfg(size: int = 224, *, test_size: int | None = None, weights: bo
         classifier="classifier",
         **facts,
     )
-
-
-def check_num_classes(num_classes) -> None:
-    """Raises TypeError or ValueError unless num_classes is an int of at least 0."""
-    _check_int("num_classes", num_classes, minimum=0)
-
-
-def _check_int(name: str, value, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name}={value} is not allowed; it must be at least {minimum}")
-
-
-def _check_probability(name: str, value) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if math.isnan(value) or not 0 <= value <= 1:
-        raise ValueError(f"{name}={value} is not allowed; it must lie in 0..1")

@@ -73,6 +73,8 @@ def _make_entrypoint(name: str, build: Callable[..., nn.Module], variant: dict) 
     ) -> nn.Module:
         cfg = pretrained_cfg or _registry.get_pretrained_cfg(name) or PretrainedCfg(architecture=name)
         defaults = {"num_classes": cfg.num_classes, "in_chans": cfg.input_size[0]}
+        if cfg.fixed_input_size:
+            defaults["img_size"] = cfg.input_size[1:]
         model = build(**{**defaults, **variant, **model_arguments})
         model.pretrained_cfg = model.default_cfg = cfg.to_dict()
         if pretrained:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-# Each takes [N, C, H, W] to [N, C or 2C, 1, 1].
+# Each pools the axes `hw` of a map and keeps them with one pixel; catavgmax has both channels' worth along axis `c`.
 _POOLS = {
-    "avg": lambda x: x.mean((2, 3), keepdim=True),
-    "max": lambda x: x.amax((2, 3), keepdim=True),
-    "avgmax": lambda x: 0.5 * (x.mean((2, 3), keepdim=True) + x.amax((2, 3), keepdim=True)),
-    "catavgmax": lambda x: torch.cat((x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)), 1),
+    "avg": lambda x, hw, c: x.mean(hw, keepdim=True),
+    "max": lambda x, hw, c: x.amax(hw, keepdim=True),
+    "avgmax": lambda x, hw, c: 0.5 * (x.mean(hw, keepdim=True) + x.amax(hw, keepdim=True)),
+    "catavgmax": lambda x, hw, c: torch.cat((x.mean(hw, keepdim=True), x.amax(hw, keepdim=True)), c),
 }
 _ALIASES = {"fast": "avg", **{f"fast{name}": name for name in _POOLS}}
 
@@ -21,10 +21,11 @@ class GlobalPool2d(nn.Module):
     Args:
         pool_type: avg, max, avgmax (their mean), catavgmax (both, 2C channels), timm's `fast` names for the
             same, or `""` for no pooling.
-        flatten: return `[N, C]` instead of `[N, C, 1, 1]` (not where pool_type is empty).
+        flatten: return `[N, C]` instead of a map of one pixel (not where pool_type is empty).
+        channels_last: maps are `[N, H, W, C]` instead of `[N, C, H, W]`.
     """
 
-    def __init__(self, pool_type: str = "avg", flatten: bool = False):
+    def __init__(self, pool_type: str = "avg", flatten: bool = False, channels_last: bool = False):
         super().__init__()
         if not isinstance(pool_type, str):
             raise TypeError(f"global_pool must be a string, got {type(pool_type).__name__}")
@@ -34,6 +35,7 @@ class GlobalPool2d(nn.Module):
             raise ValueError(f"global_pool={pool_type!r} is not known; allowed: {allowed}")
         self.pool_type = pool_type
         self.flatten = flatten
+        self.channels_last = channels_last
         self._pool = name
 
     def feat_mult(self) -> int:
@@ -43,7 +45,7 @@ class GlobalPool2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._pool:
             return x
-        x = _POOLS[self._pool](x)
+        x = _POOLS[self._pool](x, *(((1, 2), 3) if self.channels_last else ((2, 3), 1)))
         return x.flatten(1) if self.flatten else x
 
     def extra_repr(self) -> str:

@@ -36,6 +36,7 @@ class PretrainedCfg:
         interpolation, crop_pct, test_crop_pct, crop_mode: how a photo becomes an input.
         mean, std: per input channel, for values in 0..1.
         num_classes: classes of the weights' classifier.
+        fixed_input_size: the model is made for input_size and takes no other, unless told so.
         first_conv, classifier: names of the modules that depend on the input channels and on the classes.
     """
 
@@ -52,6 +53,7 @@ class PretrainedCfg:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     num_classes: int = 1000
+    fixed_input_size: bool = False
     first_conv: str | None = None
     classifier: str | None = None
 
@@ -89,7 +91,7 @@ def load_pretrained(model: nn.Module, cfg: PretrainedCfg, cache_dir: str | Path 
             "checkpoint_path= for weights of your own"
         )
     path = _download(cfg, cache_dir)
-    state_dict = read_checkpoint(path, argument=f"the weights of {cfg.name}")
+    state_dict = _adapt(read_checkpoint(path, argument=f"the weights of {cfg.name}"), model)
     own = model.state_dict()
     left_as_is = set()
     if cfg.first_conv is not None:
@@ -144,7 +146,8 @@ def load_checkpoint(model: nn.Module, checkpoint_path: str | Path) -> None:
         model: any module.
         checkpoint_path: `.safetensors`, or what `torch.save` wrote (read with `weights_only=True`); a
             training checkpoint's `state_dict_ema`, `model_ema`, `state_dict` or `model` is unwrapped, and the
-            prefixes `module.` and `_orig_mod.` are dropped. BatchNorm's `num_batches_tracked` may be missing.
+            prefixes `module.` and `_orig_mod.` are dropped. BatchNorm's `num_batches_tracked` may be missing. A model
+            with a method `adapt_state_dict` translates the files of its authors.
 
     Raises:
         TypeError: checkpoint_path is no path.
@@ -158,9 +161,14 @@ def load_checkpoint(model: nn.Module, checkpoint_path: str | Path) -> None:
         raise FileNotFoundError(f"checkpoint_path: there is no file {path}")
     if not path.is_file():
         raise ValueError(f"checkpoint_path: {path} is not a file")
-    state_dict = read_checkpoint(path, argument=f"checkpoint_path: {path}")
+    state_dict = _adapt(read_checkpoint(path, argument=f"checkpoint_path: {path}"), model)
     _check_fits(state_dict, model.state_dict(), f"checkpoint_path: {path}")
     model.load_state_dict(state_dict, strict=False)
+
+
+def _adapt(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """With the model's own keys and sizes, where the model knows of files that have others."""
+    return model.adapt_state_dict(state_dict) if hasattr(model, "adapt_state_dict") else state_dict
 
 
 def read_checkpoint(path: str | Path, *, argument: str) -> dict[str, torch.Tensor]:

@@ -21,11 +21,12 @@ from bbfast.models._efficientnet_blocks import (
     round_channels,
 )
 from bbfast.models._efficientnet_builder import BN_EPS_TF, BlockArgs, decode_arch_def, init_weights
-from bbfast.models._efficientnet_trunk import EfficientNetTrunk, check_num_classes, pretrained_cfg
+from bbfast.models._efficientnet_trunk import EfficientNetTrunk, pretrained_cfg
 from bbfast.models._factory import register_variants
 from bbfast.models._pool import GlobalPool2d
 from bbfast.models._pretrained import HALF_MEAN_STD
 from bbfast.nn import BatchNormAct2d
+from bbfast.nn._arguments import check_int
 
 
 class EfficientNet(EfficientNetTrunk):
@@ -89,7 +90,7 @@ class EfficientNet(EfficientNetTrunk):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the classifier by a fresh one, and the pooling unless global_pool is None."""
         pool = self.global_pool if global_pool is None else GlobalPool2d(global_pool, flatten=True)
-        check_num_classes(num_classes)
+        check_int("num_classes", num_classes, minimum=0)
         self.num_classes = num_classes
         self.global_pool = pool.train(self.training)
         self.head_hidden_size = self.num_features * pool.feat_mult()

@@ -5,6 +5,8 @@ from bbfast.nn.conv_bn_act import ConvBNAct, apply_conv_bn_act, to_inference_lay
 from bbfast.nn.depthwise_conv_bn_act import DepthwiseConvBNAct, apply_depthwise_conv_bn_act
 from bbfast.nn.drop_path_add import DropPath, DropPathAdd
 from bbfast.nn.squeeze_excite import apply_squeeze_excite
+from bbfast.nn.swin_block import SwinBlock
+from bbfast.nn.window_attention import ShiftedWindowAttention, WindowAttention
 
 __all__ = [
     "BatchNormAct2d",
@@ -12,7 +14,10 @@ __all__ = [
     "DepthwiseConvBNAct",
     "DropPath",
     "DropPathAdd",
+    "ShiftedWindowAttention",
+    "SwinBlock",
     "SyncBatchNormAct2d",
+    "WindowAttention",
     "apply_conv_bn_act",
     "apply_depthwise_conv_bn_act",
     "apply_squeeze_excite",

@@ -1,0 +1,136 @@
+"""The Swin transformer's block: attention within shifted windows, then a perceptron, each added to its input."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bbfast.nn._arguments import check_probability
+from bbfast.nn.add_layer_norm import apply_add_layer_norm
+from bbfast.nn.drop_path_add import DropPathAdd
+from bbfast.nn.window_attention import ShiftedWindowAttention
+from bbfast.ops._common import pair
+
+
+class Mlp(nn.Module):
+    """`fc2(gelu(fc1(x)))` over the last axis, dropout after each.
+
+    Args:
+        dim, hidden_dim: channels of input and output, and between the layers.
+        drop: chance of each value to be dropped in training.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, drop: float = 0.0, device=None, dtype=None):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(dim, hidden_dim, **factory)
+        self.fc2 = nn.Linear(hidden_dim, dim, **factory)
+        self.drop = check_probability("drop", drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.dropout(F.gelu(self.fc1(x)), self.drop, self.training)
+        return F.dropout(self.fc2(x), self.drop, self.training)
+
+    def extra_repr(self) -> str:
+        return f"drop={self.drop}"
+
+
+class SwinBlock(nn.Module):
+    """`x += drop_path(attn(norm1(x)))`, then `x += drop_path(mlp(norm2(x)))`, on maps `[B, H, W, C]`.
+
+    The first addition and norm2 are one pass over memory. Hooks on norm2 and the drop paths do not run.
+
+    Args:
+        dim, num_heads, head_dim, qkv_bias, attn_drop, proj_drop: see `ShiftedWindowAttention`.
+        input_resolution: (height, width) of the map that the block is made for. Where an axis is not longer than the
+            window, the window shrinks to it and the shift goes, unless always_partition; other maps run all the same.
+        window_size, shift_size: what the block would like; attributes of these names say what it has.
+        mlp_ratio: hidden channels of the perceptron per channel.
+        drop_path: chance of each sample to leave out a branch in training.
+        norm_layer: makes norm1 and norm2 from `dim`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        input_resolution: int | tuple[int, int],
+        *,
+        num_heads: int = 4,
+        head_dim: int | None = None,
+        window_size: int | tuple[int, int] = 7,
+        shift_size: int | tuple[int, int] = 0,
+        always_partition: bool = False,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer=nn.LayerNorm,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.input_resolution = pair("input_resolution", input_resolution, 1)
+        self.target_shift_size = pair("shift_size", shift_size, 0)
+        self.always_partition = always_partition
+        window_size, shift_size = self._fit(pair("window_size", window_size, 1), self.target_shift_size)
+        self.norm1 = norm_layer(dim, **factory)
+        self.attn = ShiftedWindowAttention(
+            dim,
+            num_heads,
+            head_dim=head_dim,
+            window_size=window_size,
+            shift_size=shift_size,
+            qkv_bias=qkv_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            **factory,
+        )
+        self.drop_path1 = _drop_path(drop_path)
+        self.norm2 = norm_layer(dim, **factory)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
+        self.drop_path2 = _drop_path(drop_path)
+
+    @property
+    def window_size(self) -> tuple[int, int]:
+        return self.attn.window_size
+
+    @property
+    def shift_size(self) -> tuple[int, int]:
+        return self.attn.shift_size
+
+    def _fit(self, window_size, shift_size) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(window, shift) for the block's map, per axis."""
+        if self.always_partition:
+            return window_size, shift_size
+        axes = list(zip(self.input_resolution, window_size, shift_size))
+        window = tuple(min(size, side) for size, side, _ in axes)
+        shift = tuple(0 if size <= side else wish for size, side, wish in axes)
+        return window, shift
+
+    def set_input_size(
+        self,
+        input_resolution: tuple[int, int],
+        window_size: int | tuple[int, int],
+        always_partition: bool | None = None,
+    ) -> None:
+        """Prepares the block for maps of another size with another window; a shifted block shifts by half a window."""
+        window_size = pair("window_size", window_size, 1)
+        self.input_resolution = pair("input_resolution", input_resolution, 1)
+        if always_partition is not None:
+            self.always_partition = always_partition
+        wish = tuple(side // 2 for side in window_size) if any(self.target_shift_size) else self.target_shift_size
+        window_size, shift_size = self._fit(window_size, wish)
+        self.attn.set_window_size(window_size)
+        self.attn.shift_size = shift_size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, normalised = apply_add_layer_norm(self.norm2, self.drop_path1, x, self.attn(self.norm1(x)))
+        branch = self.mlp(normalised)
+        return self.drop_path2(x, branch) if isinstance(self.drop_path2, DropPathAdd) else x + branch
+
+
+def _drop_path(rate: float) -> nn.Module:
+    return DropPathAdd(check_probability("drop_path", rate)) if rate else nn.Identity()
