@@ -1,0 +1,328 @@
+"""Swin against timm's of the same name, with all parameters randomised."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import bbfast
+from bbfast.models._swin_weights import resample_patch_embed
+from bbfast.nn._relative_position import resize_relative_position_bias_table
+
+timm = pytest.importorskip("timm")
+from parity import (  # noqa: E402
+    assert_equal_to_nine_digits,
+    assert_forward_agrees,
+    assert_training_agrees,
+    forward,
+    make,
+    random_state,
+    training_step,
+)
+
+NAMES = bbfast.list_models(module="swin_transformer")
+TINY = "swin_tiny_patch4_window7_224"
+# Two blocks a stage, few channels: every path of a Swin in a fraction of its time.
+SHALLOW = {"embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 2, 4), "num_classes": 5}
+
+
+@pytest.fixture(autouse=True)
+def reference_backend(monkeypatch):
+    """Models are compared on plain torch; the kernels have their own tests."""
+    monkeypatch.setenv("BBFAST_BACKEND", "torch")
+
+
+def twins(name: str = TINY, **arguments) -> tuple[nn.Module, nn.Module]:
+    """bbfast's and timm's, double precision, the same random weights."""
+    state = random_state(name, **arguments)
+    return tuple(make(library, name, state, torch.float64, **arguments).eval() for library in (bbfast, timm))
+
+
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+# ---- parity ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_structure_as_timm(name):
+    ours, theirs = bbfast.create_model(name, device="meta"), timm.create_model(name, device="meta")
+    for model in (ours, theirs):
+        model.shapes = [(key, tuple(value.shape)) for key, value in model.state_dict().items()]
+        model.layout = [
+            (block.window_size, block.shift_size, block.attn.scale, getattr(block.drop_path1, "drop_prob", 0.0))
+            for stage in model.layers
+            for block in stage.blocks
+        ]
+    for attribute in ("shapes", "layout", "num_classes", "num_features", "head_hidden_size", "in_chans"):
+        assert getattr(ours, attribute) == getattr(theirs, attribute), attribute
+    for attribute in ("feature_info", "output_fmt", "global_pool"):
+        assert getattr(ours, attribute) == getattr(theirs, attribute), attribute
+    assert ours.no_weight_decay() == theirs.no_weight_decay()
+    assert ours.group_matcher() == theirs.group_matcher()
+    assert ours.group_matcher(coarse=True) == theirs.group_matcher(coarse=True)
+    assert ours.default_cfg is ours.pretrained_cfg
+    assert ours.pretrained_cfg.items() <= theirs.pretrained_cfg.items()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_agrees(name):
+    assert_forward_agrees(name, (64, 92), batch=1, img_size=(64, 92))
+
+
+def test_full_size_agrees():
+    assert_forward_agrees(TINY, (224, 224))
+
+
+@pytest.mark.parametrize("name", [TINY, "swin_s3_tiny_224", "swin_small_patch4_window7_224"])
+def test_training_agrees(name):
+    depths = (2, 2, 6, 2) if name == "swin_small_patch4_window7_224" else None
+    changes = {} if depths is None else {"depths": depths}
+    assert_training_agrees(name, (116, 96), batch=2, img_size=(116, 96), **changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [
+        ({"dynamic_img_size": True}, [(224, 224), (256, 192), (60, 100), (32, 32)]),
+        ({"strict_img_size": False, "img_size": 256}, [(256, 256), (224, 228)]),
+        ({"img_size": 112}, [(112, 112)]),
+        ({"img_size": 112, "always_partition": True}, [(112, 112)]),
+        ({"img_size": (96, 224), "always_partition": True, "strict_img_size": False}, [(96, 224), (92, 60)]),
+        ({"img_size": 96, "window_size": (4, 8)}, [(96, 96)]),
+        ({"img_size": 96, "window_size": [(4, 8), 6, 3, 2]}, [(96, 96)]),
+        ({"img_size": 90, "patch_size": 5}, [(90, 90)]),
+        ({"img_size": 64, "head_dim": 12, "qkv_bias": False, "mlp_ratio": (2.0, 3.0, 4.0, 1.5)}, [(64, 64)]),
+        ({"img_size": 64, "in_chans": 1, "global_pool": "catavgmax"}, [(64, 64)]),
+        ({"img_size": 64, "num_classes": 0, "global_pool": ""}, [(64, 64)]),
+    ],
+    ids=str,
+)
+def test_sizes_and_windows_agree(arguments, sizes):
+    """One model after the other size through the same modules; shifts and windows are those of its construction."""
+    arguments = {**SHALLOW, **arguments}
+    ours, theirs = twins(**arguments)
+    for size in sizes:
+        x = torch.randn(2, arguments.get("in_chans", 3), *size)
+        assert_same(forward(ours, x), forward(theirs, x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"img_size": (256, 192)},
+        {"img_size": (128, 160), "window_size": 4},
+        {"img_size": 160, "window_size": (4, 5)},
+        {"img_size": 256, "window_ratio": 8},
+        {"img_size": 96, "always_partition": True},
+        {"patch_size": 8},
+        {},
+    ],
+    ids=str,
+)
+def test_set_input_size_agrees(change):
+    ours, theirs = twins(**SHALLOW)
+    for model in (ours, theirs):
+        model.set_input_size(**change)
+    assert ours.feature_info == theirs.feature_info
+    size = theirs.patch_embed.img_size
+    x = torch.randn(1, 3, *((size, size) if isinstance(size, int) else size))
+    with torch.no_grad():
+        # Tables are interpolated in single precision by timm, in double precision here.
+        torch.testing.assert_close(ours(x.double()), theirs(x.double()), rtol=1e-5, atol=1e-5)
+    for model in (ours, theirs):  # windows keep their share of the grid from here on
+        model.set_input_size(img_size=(size[0] * 2, size[1]) if isinstance(size, tuple) else (size * 2, size))
+    for mine, other in zip(ours.layers, theirs.layers):
+        assert [(b.window_size, b.shift_size) for b in mine.blocks] == [
+            (b.window_size, b.shift_size) for b in other.blocks
+        ]
+
+
+def test_intermediates_agree():
+    ours, theirs = twins(img_size=96, **SHALLOW)
+    x = torch.randn(1, 3, 96, 96, dtype=torch.float64)
+    for arguments in (
+        {},
+        {"indices": 2, "norm": True},
+        {"indices": [-3, 0], "intermediates_only": True},
+        {"indices": [0, 1], "stop_early": True},
+    ):
+        with torch.no_grad():
+            mine, other = ours.forward_intermediates(x, **arguments), theirs.forward_intermediates(x, **arguments)
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9)
+
+
+def test_head_agrees():
+    ours, theirs = twins(img_size=64, **SHALLOW)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        features = ours.forward_features(x)
+        assert_same(features, theirs.forward_features(x))
+        assert_same(ours.forward_head(features, pre_logits=True), theirs.forward_head(features, pre_logits=True))
+    for model in (ours, theirs):
+        model.reset_classifier(0, "max")
+    assert isinstance(ours.get_classifier(), nn.Identity)
+    assert_same(forward(ours, x), forward(theirs, x))
+    ours.reset_classifier(3)
+    assert ours.num_classes == 3 and ours.get_classifier().weight.dtype == torch.float64
+    assert ours(x).shape == (2, 3) and ours.global_pool == "max"
+
+
+# ---- weights from elsewhere ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window_sizes", [((7, 7), (12, 12)), ((12, 12), (7, 7)), ((7, 7), (4, 9)), ((3, 5), (8, 8))])
+def test_resized_tables_agree(window_sizes):
+    old, new = window_sizes
+    table = torch.randn((2 * old[0] - 1) * (2 * old[1] - 1), 3)
+    shape = ((2 * new[0] - 1) * (2 * new[1] - 1), 3)
+    expected = timm.layers.resize_rel_pos_bias_table(table, new, shape, old_window_size=old)
+    torch.testing.assert_close(resize_relative_position_bias_table(table, old, new), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("patch_size", [(8, 8), (2, 4)])
+def test_resampled_filters_agree(patch_size):
+    weight = torch.randn(6, 3, 4, 4)
+    expected = timm.layers.resample_patch_embed(weight, patch_size)
+    torch.testing.assert_close(resample_patch_embed(weight, patch_size), expected)
+
+
+def test_checkpoint_of_the_authors(tmp_path):
+    """Patch merging at the end of stages, `head.`, and buffers that follow from the window."""
+    arguments = {"img_size": 64, **SHALLOW}
+    state = random_state(TINY, **arguments)
+    theirs = {
+        "layers.0.blocks.1.attn_mask": torch.zeros(1),
+        "layers.0.blocks.0.attn.relative_position_index": torch.zeros(1),
+    }
+    for key, value in state.items():
+        stage, _, rest = key.removeprefix("layers.").partition(".")
+        key = f"layers.{int(stage) - 1}.{rest}" if rest.startswith("downsample") else key
+        theirs[key.replace("head.fc.", "head.")] = value
+    torch.save({"model": theirs}, tmp_path / "swin.pth")
+    model = bbfast.create_model(TINY, checkpoint_path=tmp_path / "swin.pth", **arguments)
+    loaded = model.state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+def test_checkpoint_of_another_window(tmp_path):
+    state = random_state(TINY, **SHALLOW)
+    torch.save(state, tmp_path / "swin.pth")
+    arguments = {**SHALLOW, "img_size": 384, "window_size": 12}
+    ours = bbfast.create_model(TINY, checkpoint_path=tmp_path / "swin.pth", **arguments).eval()
+    theirs = timm.create_model(TINY, **arguments).eval()
+    theirs.load_state_dict(timm.models.swin_transformer.checkpoint_filter_fn(state, theirs))
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value, rtol=1e-5, atol=1e-5)
+
+
+# ---- life of a model -------------------------------------------------------------------------------------
+
+
+def test_initialised_as_timm():
+    ours, theirs = bbfast.create_model(TINY), timm.create_model(TINY)
+    for (key, value), other in zip(ours.state_dict().items(), theirs.state_dict().values()):
+        noise = 6 / value.numel() ** 0.5
+        if value.dim() < 2 and not key.startswith("patch_embed.proj"):
+            assert torch.equal(value, other), key
+        elif value.numel() > 100:
+            assert value.std().item() == pytest.approx(other.std().item(), rel=noise + 0.02), key
+
+
+def test_grad_checkpointing_changes_nothing():
+    arguments = {"img_size": 64, "drop_path_rate": 0.3, **SHALLOW}
+    state, x, grad_out = random_state(TINY, **arguments), torch.randn(4, 3, 64, 64), torch.randn(4, 5)
+    results = []
+    for enable in (False, True):
+        model = make(bbfast, TINY, state, torch.float64, **arguments)
+        model.set_grad_checkpointing(enable)
+        results.append(training_step(model, x, grad_out))
+    assert_equal_to_nine_digits(*results)
+
+
+def test_attention_dropout_keeps_the_expectation():
+    """With dropout of attention the map is cut and put together again; without any dropped it is the fused result."""
+    arguments = {"img_size": (60, 92), **SHALLOW}
+    state, x = random_state(TINY, **arguments), torch.randn(2, 3, 60, 92, dtype=torch.float64)
+    model = make(bbfast, TINY, state, torch.float64, attn_drop_rate=0.5, drop_path_rate=0.0, **arguments)
+    expected = model.eval()(x)
+    model.train()
+    assert not torch.allclose(model(x), expected)
+    for module in model.modules():
+        if isinstance(module, bbfast.nn.WindowAttention):
+            module.attn_drop.p = 1e-300  # drops nothing, but takes the path
+    assert_same(model(x), expected)
+
+
+def test_copies_and_layouts_compute_the_same():
+    model = make(bbfast, TINY, random_state(TINY, img_size=64, **SHALLOW), img_size=64, **SHALLOW).eval()
+    x = torch.randn(2, 3, 64, 64)
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(saved, weights_only=False)):
+        assert torch.equal(forward(twin, x), forward(model, x))
+    last = forward(copy.deepcopy(model).to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, forward(model, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_compiles_without_graph_breaks(train):
+    arguments = {"dynamic_img_size": True, **SHALLOW}
+    state = random_state(TINY, **arguments)
+    model, compiled = (make(bbfast, TINY, state, torch.float64, **arguments) for _ in range(2))
+    compiled.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in ((64, 96), (92, 60)):
+        x = torch.randn(2, 3, *size)
+        if train:
+            results = [training_step(m, x, torch.ones(2, 5)) for m in (compiled, model)]
+            assert_equal_to_nine_digits(*results)
+        else:
+            assert_same(forward(compiled, x), forward(model, x))
+
+
+def test_empty_batch():
+    assert bbfast.create_model(TINY, img_size=64, **SHALLOW).eval()(torch.randn(0, 3, 64, 64)).shape == (0, 5)
+
+
+# ---- bad arguments ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"window": 7}, TypeError, "window"),
+        ({"window_size": 0}, ValueError, "window_size=0"),
+        ({"window_size": (7, 7, 7)}, ValueError, r"window_size=\(7, 7, 7\)"),
+        ({"num_heads": (3, 6)}, ValueError, r"num_heads=\(3, 6\)"),
+        ({"num_heads": (5, 5, 5, 5)}, ValueError, "num_heads=5 does not divide dim=96"),
+        ({"drop_path_rate": 2}, ValueError, "drop_path_rate=2"),
+        ({"mlp_ratio": (1.0, 2.0)}, ValueError, "mlp_ratio"),
+        ({"global_pool": "median"}, ValueError, "global_pool='median'"),
+        ({"num_classes": -1}, ValueError, "num_classes=-1"),
+        ({"img_size": "large"}, TypeError, "img_size"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        bbfast.create_model(TINY, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "x", "error", "message"),
+    [
+        ({}, torch.zeros(1, 3, 64, 64), ValueError, "64 x 64 pixels but the model was made for 224 x 224"),
+        ({"dynamic_img_size": True}, torch.zeros(1, 3, 66, 64), ValueError, "66 pixels along H"),
+        ({}, torch.zeros(1, 1, 224, 224), ValueError, r"x must have shape \[N, 3, H, W\]"),
+        ({}, [1.0], TypeError, "x must be a torch.Tensor, got list"),
+    ],
+)
+def test_bad_inputs_are_named(arguments, x, error, message):
+    with pytest.raises(error, match=message):
+        bbfast.create_model(TINY, **{**SHALLOW, **arguments})(x)
