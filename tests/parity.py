@@ -37,6 +37,9 @@ def random_state(name: str, **arguments) -> dict[str, torch.Tensor]:
 def make(library, name: str, state: dict, dtype=torch.float32, **arguments) -> nn.Module:
     """The model with `state`, without the time that initialising it takes."""
     model = library.create_model(name, device="meta", dtype=dtype, **arguments).to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "init_non_persistent_buffers"):  # timm's: they are not in a state_dict
+            module.init_non_persistent_buffers()
     model.load_state_dict(state)
     return model
 

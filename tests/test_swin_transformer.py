@@ -72,6 +72,13 @@ def test_same_structure_as_timm(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_agrees(name):
+    """With two blocks a stage, one of each kind; the others are the same again."""
+    assert_forward_agrees(name, (64, 92), batch=1, img_size=(64, 92), depths=(2, 2, 2, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_models_agree(name):
     assert_forward_agrees(name, (64, 92), batch=1, img_size=(64, 92))
 
 
