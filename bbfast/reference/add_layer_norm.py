@@ -24,7 +24,9 @@ def add_layer_norm(
     values in norm_dtype, and the mean and 1 / sqrt(variance + eps) of each row, [B, ...], in fp32 (fp64 for fp64).
     """
     total = residual
-    if branch is not None:
+    if branch is not None and multiplier is None and layer_scale is None:
+        total = residual + branch
+    elif branch is not None:
         total = drop_path_add(residual.movedim(-1, 1), branch.movedim(-1, 1), multiplier, layer_scale).movedim(1, -1)
     x, weight, bias = as_statistics(total, weight, bias)
     normalised, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
