@@ -417,8 +417,8 @@ def cases(name: str) -> Iterator[tuple[str, Callable[[], None]]]:
                 )
                 yield f"drop_path_add 96x56x56 {dtype} {layout}", _drop_path_add(96, 56, dtype, layout, True)
     else:
-        for channels in (3, 24, 67, 96, 192, 384, 768, 1000, 1536, 2048):
-            for dtype in DTYPES:
+        for channels in (3, 24, 67, 384, 1000, 2048):
+            for dtype in ("bf16", "fp32"):
                 for scaled in (False, True):
                     text = f"add_layer_norm {channels}x14x14 {dtype}" + (" layer scale" if scaled else "")
                     yield text, _add_layer_norm(channels, 14, dtype, scaled)
