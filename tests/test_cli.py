@@ -17,6 +17,7 @@ from bbfast import dispatch
 from bbfast.cli import main
 from bbfast.extension import BrokenExtensionError
 from bbfast.ops import _status
+from bbfast.ops.add_layer_norm import add_layer_norm
 from bbfast.ops.batch_norm_act import batch_norm_act
 from bbfast.ops.conv_bn_act import conv_bn_act
 from bbfast.ops.depthwise_conv_bn_act import depthwise_conv_bn_act
@@ -163,6 +164,8 @@ def _call_every_op(device):
     depthwise_conv_bn_act(x, depthwise.requires_grad_(), *batch_norm, padding=1).sum().backward()
     batch_norm_act(x, *batch_norm).sum().backward()
     drop_path_add(x, x * 2, mask=torch.ones(1, device=device)).sum().backward()
+    total, norm = add_layer_norm(x.movedim(1, -1), x.movedim(1, -1), *batch_norm[:2], mask=torch.ones(1, device=device))
+    (total * norm).sum().backward()
     with torch.no_grad():
         conv_bn_act(x, pointwise, *batch_norm)
         depthwise_conv_bn_act(x, depthwise, *batch_norm, padding=1)

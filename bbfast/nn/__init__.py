@@ -1,5 +1,6 @@
 """Layers: parameters and train/eval behaviour around the ops."""
 
+from bbfast.nn.add_layer_norm import AddLayerNorm, apply_add_layer_norm
 from bbfast.nn.batch_norm_act import BatchNormAct2d, SyncBatchNormAct2d, convert_sync_batchnorm
 from bbfast.nn.conv_bn_act import ConvBNAct, apply_conv_bn_act, to_inference_layout
 from bbfast.nn.depthwise_conv_bn_act import DepthwiseConvBNAct, apply_depthwise_conv_bn_act
@@ -7,12 +8,14 @@ from bbfast.nn.drop_path_add import DropPath, DropPathAdd
 from bbfast.nn.squeeze_excite import apply_squeeze_excite
 
 __all__ = [
+    "AddLayerNorm",
     "BatchNormAct2d",
     "ConvBNAct",
     "DepthwiseConvBNAct",
     "DropPath",
     "DropPathAdd",
     "SyncBatchNormAct2d",
+    "apply_add_layer_norm",
     "apply_conv_bn_act",
     "apply_depthwise_conv_bn_act",
     "apply_squeeze_excite",

@@ -95,10 +95,23 @@ def _drop_path_add(device: str) -> dict[str, tuple]:
     }
 
 
+def _add_layer_norm(device: str) -> dict[str, tuple]:
+    residual = branch = torch.zeros(1, 5, 5, 8, device=device)
+    multiplier, rows = torch.ones(1, device=device), torch.zeros(1, 5, 5, device=device)
+    weight, bias, *_ = _batch_norm(device)
+    tensors = (multiplier, None, weight, bias)
+    dtypes = (torch.float32, torch.float32)
+    return {
+        "_FORWARD_KERNELS": (residual, branch, *tensors, 1e-5, torch.float32, True),
+        "_BACKWARD_KERNELS": (residual, residual, residual, None, *tensors, rows, rows, *dtypes, True),
+    }
+
+
 # Per op file: the arguments that each of its ladders is asked with, on a device.
 EXAMPLES: dict[str, Callable[[str], dict[str, tuple]]] = {
     "depthwise_conv_bn_act": _depthwise_conv_bn_act,
     "conv_bn_act": _conv_bn_act,
     "batch_norm_act": _batch_norm_act,
     "drop_path_add": _drop_path_add,
+    "add_layer_norm": _add_layer_norm,
 }
