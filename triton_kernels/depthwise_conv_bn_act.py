@@ -79,7 +79,8 @@ def choose_tile(
         lanes = num_warps * 32 * lanes_per_thread
         for across in (128, 64, 32, 16):
             block_t, block_c = (lanes // across, across) if channels_last else (across, lanes // across)
-            candidates.append((block_t, block_c, num_warps))
+            if across <= lanes:
+                candidates.append((block_t, block_c, num_warps))
 
     def cost(candidate):
         block_t, block_c, _ = candidate
