@@ -346,6 +346,78 @@ def test_32_bit_indices_are_refused_where_they_do_not_fit():
         extension.load().window_places(torch.tensor([0]), *config, False)
 
 
+# ---- on a GPU ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda_kernels(monkeypatch):
+    if extension.load() is None or not extension.load().build_info()["cuda"]:
+        pytest.skip(extension.unavailable_reason() or "bbfast._C was built without CUDA")
+    monkeypatch.setenv("BBFAST_BACKEND", "cuda")
+    monkeypatch.setenv("BBFAST_STRICT", "1")
+
+
+@pytest.mark.gpu
+def test_the_current_stream_is_used(cuda_kernels):
+    """A stream that is late: a kernel on any other one would read the zeros that were there before."""
+    x, values = torch.zeros(8, 57, 61, 96, device="cuda"), torch.randn(8, 57, 61, 96, device="cuda")
+    expected = expected_windows(values, (7, 7), (3, 3), "shift_then_pad")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)
+        x.copy_(values)
+        windows = window_partition(x, 7, 3)
+        back = window_reverse(windows, 7, (57, 61), 3)
+    torch.cuda.synchronize()
+    assert torch.equal(windows, expected) and torch.equal(back, values)
+
+
+@pytest.mark.gpu
+def test_a_graph_captures_the_kernels(cuda_kernels):
+    x = torch.randn(2, 9, 11, 8, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        windows = window_partition(x, 4, 1)
+        back = window_reverse(windows, 4, (9, 11), 1)
+    values = torch.randn_like(x)
+    x.copy_(values)
+    graph.replay()
+    assert torch.equal(windows, expected_windows(values, (4, 4), (1, 1), "shift_then_pad"))
+    assert torch.equal(back, values)
+
+
+@pytest.mark.gpu
+def test_a_second_gpu(cuda_kernels):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x = torch.randn(2, 9, 11, 8, device="cuda:1")
+    windows = window_partition(x, 4, 1)
+    assert windows.device == x.device
+    assert torch.equal(windows, expected_windows(x, (4, 4), (1, 1), "shift_then_pad"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pad_order", PAD_ORDERS)
+def test_more_vectors_than_32_bits_count(cuda_kernels, pad_order):
+    height, width = 2**16 + 1, 2**15 + 3
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    x = torch.randint(1, 256, (1, height, width, 1), dtype=torch.uint8, device="cuda")
+    windows = window_partition(x, (64, 48), (3, 5), pad_order=pad_order)
+    assert windows.numel() > 2**31
+    assert torch.equal(window_reverse(windows, (64, 48), (height, width), (3, 5), pad_order=pad_order), x)
+    across = -(-width // 48)
+    for _ in range(200):
+        row, column = random.randrange(height // 64 * 64), random.randrange(width // 48 * 48)
+        y, source_x = (
+            rolled(row, height, 64, 3, pad_order),
+            rolled(column, width, 48, 5, pad_order),
+        )
+        expected = 0 if y is None or source_x is None else x[0, y, source_x, 0].item()
+        token = row % 64 * 48 + column % 48
+        assert windows[row // 64 * across + column // 48, token, 0].item() == expected
+
+
 # ---- timm and torchvision --------------------------------------------------------------------------------
 
 
@@ -544,9 +616,9 @@ def test_bad_input_of_reverse(change, error, words):
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_quantized_tensors_are_refused():
     x, windows = (torch.quantize_per_tensor(values, 1.0, 0, torch.quint8) for values in (MAP, WINDOWS))
-    with pytest.raises(TypeError, match="x has dtype torch.quint8; quantized tensors are not taken"):
+    with pytest.raises(TypeError, match=r"x has dtype torch\.quint8; quantized tensors are not taken"):
         window_partition(x, 2)
-    with pytest.raises(TypeError, match="windows has dtype torch.quint8; quantized tensors are not taken"):
+    with pytest.raises(TypeError, match=r"windows has dtype torch\.quint8; quantized tensors are not taken"):
         window_reverse(windows, 2, (5, 6))
 
 
