@@ -260,7 +260,7 @@ def test_backends(requested, chosen, device, monkeypatch):
     monkeypatch.setenv("BBFAST_BACKEND", requested)
     x = torch.randn(1, 5, 5, 2, device=device)
     if requested in ("cuda", "cpp") and chosen == "torch":
-        with pytest.warns(dispatch.FallbackWarning, match="x is on"):
+        with pytest.warns(dispatch.FallbackWarning, match="the tensor is not on"):
             windows = window_partition(x, 2, 1)
     else:
         windows = window_partition(x, 2, 1)

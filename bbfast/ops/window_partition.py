@@ -35,6 +35,8 @@ def _check_tensor(name, value, rank, layout):
 
 
 def _pair(name, value, minimum) -> tuple[int, int]:
+    if type(value) is int and minimum <= value <= MAX_SIZE:  # as most calls have it: no more than a look
+        return value, value
     values = _common.pair(name, value, minimum)
     if max(values) > MAX_SIZE:
         raise ValueError(f"{name}={value!r} is not allowed; it must be at most {MAX_SIZE}")
@@ -51,9 +53,14 @@ def _check_pad_order(pad_order):
 # ---- backends --------------------------------------------------------------------------------------------
 
 
+# Ready-made, for one of them is asked for in every call.
+_NOT_ON_A_GPU = "the tensor is not on a GPU, which the extension's CUDA kernels need"
+_NOT_ON_THE_CPU = "the tensor is not on the CPU, where the extension's C++ kernels run"
+
+
 def _cuda_unsupported_reasons(x, *args) -> list[str]:
     if not x.is_cuda:
-        return [f"x is on {x.device}; the extension's CUDA kernels need a GPU"]
+        return [_NOT_ON_A_GPU]
     if unavailable := extension.unavailable_reason():
         return [unavailable]
     build = extension.load().build_info()
@@ -62,7 +69,7 @@ def _cuda_unsupported_reasons(x, *args) -> list[str]:
 
 def _cpp_unsupported_reasons(x, *args) -> list[str]:
     if not x.is_cpu:
-        return [f"x is on {x.device}; the extension's C++ kernels run on the CPU"]
+        return [_NOT_ON_THE_CPU]
     unavailable = extension.unavailable_reason()
     return [unavailable] if unavailable else []
 
