@@ -4,9 +4,10 @@
 
 One row per op, map and provider: p20/p50/p80 ms, GB/s (the map once, the windows once), percent of the bandwidth of a
 device copy measured in the same run, and times eager's speed by medians. Eager is roll, pad, view, permute and
-contiguous, as in timm; a provider whose result differs from it in one bit is an error. Each is the other's backward
-pass, so there is no mode for that. On a GPU calls are replayed from CUDA graphs and rotate through more memory than the
-L2 cache holds. Writes window_partition.json into BBFAST_RESULTS_DIR, or where --json says.
+contiguous, as in timm; a provider whose result differs from it in one bit is an error. Where one window is the whole
+map (Swin's last stage) eager only makes views, or one plain copy. Each op is the other's backward pass, so there is no
+mode for that. On a GPU calls are replayed from CUDA graphs and rotate through more memory than the L2 cache holds.
+Writes window_partition.json into BBFAST_RESULTS_DIR, or where --json says.
 """
 
 from __future__ import annotations
