@@ -29,11 +29,18 @@ def backend_status() -> list[BackendStatus]:
         module = importlib.import_module(f"bbfast.ops.{name}")
         for device in devices:
             for ladder, args in examples(device).items():
-                op = f"{name}_backward" if "BACKWARD" in ladder else name
+                op = ladder_op(name, ladder)
                 for kernel in getattr(module, ladder):
                     found.append(BackendStatus(op, device, kernel.name, _reasons(kernel, args)))
                 found.append(BackendStatus(op, device, "torch", ()))
     return found
+
+
+def ladder_op(module: str, ladder: str) -> str:
+    """What `dispatch.last_choices` calls the op whose backends `ladder` in `bbfast.ops.<module>` holds."""
+    if ladder == "_REVERSE_KERNELS":
+        return "window_reverse"
+    return f"{module}_backward" if "BACKWARD" in ladder else module
 
 
 def _reasons(kernel: dispatch.Backend, args: tuple) -> tuple[str, ...]:
@@ -107,6 +114,15 @@ def _add_layer_norm(device: str) -> dict[str, tuple]:
     }
 
 
+def _window_partition(device: str) -> dict[str, tuple]:
+    x, window_size, shift_size, pad_order = torch.zeros(1, 5, 5, 8, device=device), (2, 2), (1, 1), "shift_then_pad"
+    windows = torch.zeros(9, 4, 8, device=device)
+    return {
+        "_PARTITION_KERNELS": (x, window_size, shift_size, pad_order),
+        "_REVERSE_KERNELS": (windows, window_size, (5, 5), shift_size, pad_order),
+    }
+
+
 # Per op file: the arguments that each of its ladders is asked with, on a device.
 EXAMPLES: dict[str, Callable[[str], dict[str, tuple]]] = {
     "depthwise_conv_bn_act": _depthwise_conv_bn_act,
@@ -114,4 +130,5 @@ EXAMPLES: dict[str, Callable[[str], dict[str, tuple]]] = {
     "batch_norm_act": _batch_norm_act,
     "drop_path_add": _drop_path_add,
     "add_layer_norm": _add_layer_norm,
+    "window_partition": _window_partition,
 }
