@@ -35,10 +35,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from bbfast.triton_kernels import batch_norm_act, batch_statistics, depthwise_conv_bn_act, drop_path_add
+from bbfast.triton_kernels import (
+    add_layer_norm,
+    batch_norm_act,
+    batch_statistics,
+    depthwise_conv_bn_act,
+    drop_path_add,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MODULES = (batch_norm_act, batch_statistics, depthwise_conv_bn_act, drop_path_add)
+MODULES = (add_layer_norm, batch_norm_act, batch_statistics, depthwise_conv_bn_act, drop_path_add)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TRITON_TYPES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int32: "i32", torch.int64: "i64"}
 
@@ -370,6 +376,26 @@ def _drop_path_add(channels: int, size: int, dtype: str, layout: str, scaled: bo
     return run
 
 
+def _add_layer_norm(channels: int, size: int, dtype: str, scaled: bool = False) -> Callable[[], None]:
+    """A training step with drop path; without one, and in inference, where there is no layer scale either."""
+
+    def run():
+        x = torch.empty(128, size, size, channels, dtype=DTYPES[dtype], device="meta")
+        multiplier, vector, rows = x.new_empty(128), x.new_empty(channels), x.new_empty(x.shape[:-1]).float()
+        affine = (vector, vector)
+        for branch, drop, scale in ((x, multiplier, vector if scaled else None), (x, None, None), (None, None, None)):
+            drop_dtype = None if drop is None else x.dtype
+            add_layer_norm.forward(x, branch, drop, scale, *affine, 1e-5, x.dtype, drop is not None)
+            vectors = (drop, scale, *affine)
+            add_layer_norm.backward(
+                x, x, x, None if scale is None else x, *vectors, rows, rows, x.dtype, drop_dtype, True
+            )
+            if scaled:
+                break
+
+    return run
+
+
 def cases(name: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """(description, what launches the kernels) of one set: mobilenetv3, training or sweep."""
     if name == "mobilenetv3":
@@ -379,6 +405,8 @@ def cases(name: str) -> Iterator[tuple[str, Callable[[], None]]]:
         for index in (0, 1, 4, 10):
             yield f"training {MOBILENETV3_LARGE[index]}", MOBILENETV3_LARGE[index].training_step
         yield f"frozen {MOBILENETV3_LARGE[2]}", MOBILENETV3_LARGE[2].frozen_backward
+        for channels, size in ((96, 56), (768, 7)):
+            yield f"add_layer_norm {channels}x{size}x{size} bf16", _add_layer_norm(channels, size, "bf16")
         for layout in ("NHWC", "NCHW"):
             shape = DepthwiseShape(96, 56, 7, 1, "gelu", layout=layout)
             yield f"training {shape}", shape.training_step
@@ -389,6 +417,11 @@ def cases(name: str) -> Iterator[tuple[str, Callable[[], None]]]:
                 )
                 yield f"drop_path_add 96x56x56 {dtype} {layout}", _drop_path_add(96, 56, dtype, layout, True)
     else:
+        for channels in (3, 24, 67, 384, 1000, 2048):
+            for dtype in ("bf16", "fp32"):
+                for scaled in (False, True):
+                    text = f"add_layer_norm {channels}x14x14 {dtype}" + (" layer scale" if scaled else "")
+                    yield text, _add_layer_norm(channels, 14, dtype, scaled)
         for layout in ("NHWC", "NCHW"):
             # Each tile that the elementwise ops can choose, by channels for NHWC and by map size for NCHW.
             for channels, size in (

@@ -7,6 +7,7 @@
 #include "depthwise_conv_bn_act.h"
 #include "pointwise_conv_bn_act.h"
 #include "shortcut.h"
+#include "window_tensors.h"
 #ifdef BBFAST_WITH_CUDA
 #include "device_info.h"
 #endif
@@ -109,4 +110,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "(y, squeeze means or empty) where checks and dispatcher would lead to the kernel, else None.");
   m.def("try_pointwise_conv_bn_act", &try_pointwise_conv_bn_act,
         "y where checks and dispatcher would lead to the kernel, else None.");
+  m.def("window_partition", &window_partition, py::arg("x"), py::arg("window_size"), py::arg("shift_size"),
+        py::arg("pad_first"), py::call_guard<py::gil_scoped_release>(),
+        "Windows [B * n, h * w, C] of a map [B, H, W, C], padded and shifted in the same copy.");
+  m.def("window_reverse", &window_reverse, py::arg("windows"), py::arg("window_size"), py::arg("image_size"),
+        py::arg("shift_size"), py::arg("pad_first"), py::call_guard<py::gil_scoped_release>(),
+        "The map [B, H, W, C] of windows [B * n, h * w, C], shifted back and cropped in the same copy.");
+  m.def("window_places", &window_places, py::arg("vectors"), py::arg("map_size"), py::arg("pixel_bytes"),
+        py::arg("vector_bytes"), py::arg("window_size"), py::arg("shift_size"), py::arg("pad_first"), py::arg("wide"),
+        "Byte offsets [N, 2] into map and windows of the CUDA kernel's vectors, for tests.");
 }

@@ -41,6 +41,14 @@ def test_training_kernels(tmp_path):
     names = {report["kernel"] for report in reports}
     assert {"statistics_kernel", "conv_grad_kernel", "input_grad_kernel", "weight_grad_kernel"} <= names
 
+    # Rows of half precision move in 16 bytes; the statistics of a row and the partial sums are fp32.
+    rows = [r for r in reports if r["kernel"].startswith("add_layer_norm")]
+    assert {"add_layer_norm_forward_kernel", "add_layer_norm_backward_kernel"} == {r["kernel"] for r in rows}
+    for report in rows:
+        stores = {opcode for opcode in report["opcodes"] if opcode.startswith("STG")}
+        assert "STG.E.128" in stores and stores <= {"STG.E.128", "STG.E"}, report
+        assert any(opcode.startswith("LDG.E") and opcode.endswith(".128") for opcode in report["opcodes"]), report
+
 
 @pytest.mark.slow
 def test_training_kernels_of_other_architectures(tmp_path):

@@ -255,7 +255,13 @@ def test_cuda_sources_compile(source, tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
     archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90, 100)]
-    command = ["nvcc", "-std=c++17", "-O3", "-Werror=all-warnings", *archs, "--threads=2", "-c", str(CSRC / source)]
+    strict = ["-Werror=all-warnings", "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"]
+    command = ["nvcc", "-std=c++17", "-O3", *strict, *archs, "--threads=2", "-c", str(CSRC / source)]
     result = subprocess.run([*command, "-o", str(tmp_path / "out.o")], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out.o").stat().st_size > 0
+
+
+def test_no_two_sources_share_an_object_file():
+    stems = [path.stem for path in CSRC.iterdir() if path.suffix in (".cpp", ".cu")]
+    assert len(stems) == len(set(stems)), sorted(stems)

@@ -27,7 +27,7 @@ from parity import (  # noqa: E402
 )
 
 NAMES = bbfast.list_models(module=("efficientnet", "mobilenetv3"))
-# A double precision twin of the huge takes gigabytes, a training step of the large seconds.
+# A training step of the large takes seconds, one of the huge gigabytes.
 HUGE = [name for name in NAMES if name.endswith(("_b6", "_b7", "_b8", "_l2"))]
 LARGE = [name for name in NAMES if re.search("_(b[3-5]|lite[34]|150d|120d)$", name)]
 AT_FULL_SIZE = [
@@ -107,7 +107,8 @@ def test_training_agrees(name):
 @pytest.mark.parametrize("name", LARGE + HUGE)
 def test_large_models_agree(name):
     assert_forward_agrees(name, (SMALL, SMALL))
-    assert_training_agrees(name, (SMALL, SMALL + 7))
+    if not name.endswith("_l2"):  # twins of its 480 million parameters with all their gradients need 30 GB
+        assert_training_agrees(name, (SMALL, SMALL + 7))
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .batch_statistics import finalize_statistics, sum_partials
+from .batch_statistics import MAX_REGISTERS, finalize_statistics, sum_partials
 from .depthwise_conv_kernels import (
     AFFINE_ROWS,
     SCALE,
@@ -59,23 +59,28 @@ class LaunchConfig:
     span: int
     images: int = 1
     rows: int = 1
-    max_registers: int = 255
+    max_registers: int = MAX_REGISTERS
 
 
-def choose_tile(channels_last: bool, channels: int, size_t: int, kernel_t: int, stride_t: int) -> tuple[int, int, int]:
+def choose_tile(
+    channels_last: bool, vector: int, channels: int, size_t: int, kernel_size: tuple[int, int], stride_t: int
+) -> tuple[int, int, int]:
     """(block_t, block_c, num_warps) of a tile.
 
-    NHWC: 8 neighbouring channels per thread, at least 16 per tile, a whole 32-byte sector of half precision. NCHW:
-    2 elements per thread, since each needs an address and a mask of its own. Among the tiles of 2 and 4 warps the one
+    NHWC: a 16-byte vector of neighbouring channels per thread, at least 16 channels per tile, a whole 32-byte sector of
+    half precision; 4 channels where vectors do not fit, since each needs an address then. NCHW: 2 elements per thread,
+    since each needs an address and a mask of its own, or 1 beside many taps. Among the tiles of 2 and 4 warps the one
     that wastes least: lanes past the last channel or position, and halo rows; larger ones where they waste the same.
     """
-    lanes_per_warp = 256 if channels_last else 64
+    kernel_t, kernel_s = kernel_size
+    lanes_per_thread = max(vector, 4) if channels_last else 2 if kernel_s <= 9 else 1
     candidates = []
     for num_warps in (4, 2):
-        lanes = num_warps * lanes_per_warp
+        lanes = num_warps * 32 * lanes_per_thread
         for across in (128, 64, 32, 16):
             block_t, block_c = (lanes // across, across) if channels_last else (across, lanes // across)
-            candidates.append((block_t, block_c, num_warps))
+            if across <= lanes:
+                candidates.append((block_t, block_c, num_warps))
 
     def cost(candidate):
         block_t, block_c, _ = candidate
@@ -90,6 +95,7 @@ def choose_config(
     kernel: str,
     *,
     channels_last: bool,
+    vector: int,
     batch: int,
     channels: int,
     size_t: int,
@@ -102,15 +108,18 @@ def choose_config(
 
     Args:
         kernel: forward, statistics, conv_grad, input_grad or weight_grad.
+        vector: channels in a 16-byte vector of x, 1 where it is not laid out for them.
         size_t, size_s: positions along T and S of what the kernel walks over (outputs; for input_grad inputs per
             residue class along T, and inputs along S).
         kernel_size, stride: (T, S).
         capability: the GPU's compute capability.
     """
     kernel_t, kernel_s = kernel_size
-    # Per thread and column or tap 8 registers: TILE_S accumulators, kernel_s taps, and what the epilogue needs, which
-    # is most for conv_grad.
-    narrow = kernel_s > 7 or (kernel == "conv_grad" and (stride[1] > 1 or kernel_s > 3))
+    # Per thread and column or tap up to 8 registers: TILE_S accumulators, kernel_s taps, and what the epilogue needs,
+    # which is most for conv_grad. NCHW has fewer lanes, but an address and a mask for each.
+    strided = stride[1] > 1
+    narrow = kernel_s > 7 or (kernel == "conv_grad" and (strided or kernel_s > 3))
+    narrow = narrow or (kernel == "statistics" and strided and kernel_s > 3 and not channels_last)
     tile_s = 4 if narrow else 7
     rows = 1
     if kernel == "input_grad" and stride[1] > 1:
@@ -118,7 +127,7 @@ def choose_config(
     elif kernel == "weight_grad":
         tile_s = 4
         rows = min(kernel_t, max(1, 9 // kernel_s))
-    block_t, block_c, num_warps = choose_tile(channels_last, channels, size_t, kernel_t, stride[0])
+    block_t, block_c, num_warps = choose_tile(channels_last, vector, channels, size_t, kernel_size, stride[0])
     tiles = triton.cdiv(size_t, block_t) * triton.cdiv(channels, block_c)
     if kernel == "weight_grad":
         tiles *= triton.cdiv(kernel_t, rows)
@@ -132,7 +141,7 @@ def choose_config(
     # 168 registers make room for 12 warps per multiprocessor, and 3x3 forwards of stride 1 fit in them from Hopper on.
     # The others name the hardware's own limit, since ptxas left alone may prefer 128 and a spill.
     fits = kernel == "forward" and max(kernel_size) <= 3 and max(stride) == 1 and capability >= (9, 0)
-    max_registers = 168 if fits else 255
+    max_registers = 168 if fits else MAX_REGISTERS
     return LaunchConfig(block_t, block_c, tile_s, num_warps, span, images, rows, max_registers)
 
 
@@ -216,6 +225,7 @@ class _Problem:
         config = choose_config(
             kernel,
             channels_last=self.channels_last,
+            vector=self.vector(self.x),
             batch=self.batch,
             channels=self.channels,
             size_t=size_t,
@@ -283,6 +293,7 @@ def _pack(problem, bias, bn_weight, bn_bias, mean, spread, eps, spread_kind):
         SPREAD=spread_kind,
         BLOCK_C=128,
         num_warps=4,
+        maxnreg=MAX_REGISTERS,
     )
     return packed
 

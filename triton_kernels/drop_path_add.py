@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .batch_statistics import sum_partials
+from .batch_statistics import MAX_REGISTERS, sum_partials
 from .channel_tile import (
     flat_samples,
     geometry,
@@ -229,6 +229,7 @@ def backward(
             *walked.stride_arguments(),
             WALK=walked.walk,
             num_warps=WARPS,
+            maxnreg=MAX_REGISTERS,
         )
         grad_scale = None if layer_scale is None else sum_partials(partials).to(layer_scale.dtype)
     return grad_branch, grad_scale

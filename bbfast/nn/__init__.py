@@ -1,5 +1,6 @@
 """Layers: parameters and train/eval behaviour around the ops."""
 
+from bbfast.nn.add_layer_norm import AddLayerNorm, apply_add_layer_norm
 from bbfast.nn.batch_norm_act import BatchNormAct2d, SyncBatchNormAct2d, convert_sync_batchnorm
 from bbfast.nn.conv_bn_act import ConvBNAct, apply_conv_bn_act, to_inference_layout
 from bbfast.nn.depthwise_conv_bn_act import DepthwiseConvBNAct, apply_depthwise_conv_bn_act
@@ -9,6 +10,7 @@ from bbfast.nn.swin_block import SwinBlock
 from bbfast.nn.window_attention import ShiftedWindowAttention, WindowAttention
 
 __all__ = [
+    "AddLayerNorm",
     "BatchNormAct2d",
     "ConvBNAct",
     "DepthwiseConvBNAct",
@@ -18,6 +20,7 @@ __all__ = [
     "SwinBlock",
     "SyncBatchNormAct2d",
     "WindowAttention",
+    "apply_add_layer_norm",
     "apply_conv_bn_act",
     "apply_depthwise_conv_bn_act",
     "apply_squeeze_excite",

@@ -29,11 +29,18 @@ def backend_status() -> list[BackendStatus]:
         module = importlib.import_module(f"bbfast.ops.{name}")
         for device in devices:
             for ladder, args in examples(device).items():
-                op = f"{name}_backward" if "BACKWARD" in ladder else name
+                op = ladder_op(name, ladder)
                 for kernel in getattr(module, ladder):
                     found.append(BackendStatus(op, device, kernel.name, _reasons(kernel, args)))
                 found.append(BackendStatus(op, device, "torch", ()))
     return found
+
+
+def ladder_op(module: str, ladder: str) -> str:
+    """What `dispatch.last_choices` calls the op whose backends `ladder` in `bbfast.ops.<module>` holds."""
+    if ladder == "_REVERSE_KERNELS":
+        return "window_reverse"
+    return f"{module}_backward" if "BACKWARD" in ladder else module
 
 
 def _reasons(kernel: dispatch.Backend, args: tuple) -> tuple[str, ...]:
@@ -95,10 +102,33 @@ def _drop_path_add(device: str) -> dict[str, tuple]:
     }
 
 
+def _add_layer_norm(device: str) -> dict[str, tuple]:
+    residual = branch = torch.zeros(1, 5, 5, 8, device=device)
+    multiplier, rows = torch.ones(1, device=device), torch.zeros(1, 5, 5, device=device)
+    weight, bias, *_ = _batch_norm(device)
+    tensors = (multiplier, None, weight, bias)
+    dtypes = (torch.float32, torch.float32)
+    return {
+        "_FORWARD_KERNELS": (residual, branch, *tensors, 1e-5, torch.float32, True),
+        "_BACKWARD_KERNELS": (residual, residual, residual, None, *tensors, rows, rows, *dtypes, True),
+    }
+
+
+def _window_partition(device: str) -> dict[str, tuple]:
+    x, window_size, shift_size, pad_order = torch.zeros(1, 5, 5, 8, device=device), (2, 2), (1, 1), "shift_then_pad"
+    windows = torch.zeros(9, 4, 8, device=device)
+    return {
+        "_PARTITION_KERNELS": (x, window_size, shift_size, pad_order),
+        "_REVERSE_KERNELS": (windows, window_size, (5, 5), shift_size, pad_order),
+    }
+
+
 # Per op file: the arguments that each of its ladders is asked with, on a device.
 EXAMPLES: dict[str, Callable[[str], dict[str, tuple]]] = {
     "depthwise_conv_bn_act": _depthwise_conv_bn_act,
     "conv_bn_act": _conv_bn_act,
     "batch_norm_act": _batch_norm_act,
     "drop_path_add": _drop_path_add,
+    "add_layer_norm": _add_layer_norm,
+    "window_partition": _window_partition,
 }

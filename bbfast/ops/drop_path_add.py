@@ -1,6 +1,6 @@
 """`drop_path_add`: residual addition of a branch with layer scale and stochastic depth, in one op.
 
-Reads top-down: checks, backends, torch.library, autograd, public functions.
+Reads top-down: checks, backends, torch.library, autograd, public function.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from bbfast import dispatch
 from bbfast.ops import _common
+from bbfast.ops._drop_path import check_branch, check_drop, check_vector, sample_multiplier, scaled_dtype
 from bbfast.ops._memory_format import dense_like, new_dense
 from bbfast.reference.drop_path_add import drop_path_add as reference
 
@@ -21,40 +22,13 @@ OP = "drop_path_add"
 
 def _check(residual, branch, layer_scale, channel_dim, mask):
     _common.check_tensor("residual", residual)
-    _common.check_tensor("branch", branch)
     if residual.dim() not in (2, 3, 4):
         raise ValueError(f"residual must have 2 to 4 dimensions, samples first, got shape {tuple(residual.shape)}")
-    if branch.shape != residual.shape:
-        raise ValueError(f"branch must have residual's shape {tuple(residual.shape)}, got {tuple(branch.shape)}")
-    if branch.device != residual.device:
-        raise ValueError(f"branch is on {branch.device} but residual is on {residual.device}; move them to one device")
+    check_branch(residual, branch)
     if channel_dim not in (1, -1, residual.dim() - 1) or isinstance(channel_dim, bool):
         raise ValueError(f"channel_dim={channel_dim!r} is not allowed; use 1 for [N, C, ...] or -1 for [N, ..., C]")
-    for name, value, axis, what in (
-        ("layer_scale", layer_scale, channel_dim, "channel"),
-        ("mask", mask, 0, "sample"),
-    ):
-        if value is None:
-            continue
-        _common.check_tensor(name, value)
-        if value.shape != (residual.shape[axis],):
-            raise ValueError(
-                f"{name} must have shape ({residual.shape[axis]},), one value per {what}, got {tuple(value.shape)}"
-            )
-        if value.device != residual.device:
-            raise ValueError(
-                f"{name} is on {value.device} but residual is on {residual.device}; move them to one device"
-            )
-
-
-def _check_drop(drop_prob, training, scale_by_keep):
-    if isinstance(drop_prob, bool) or not isinstance(drop_prob, (int, float)):
-        raise TypeError(f"drop_prob must be a float, got {type(drop_prob).__name__}")
-    if not 0 <= drop_prob <= 1:  # NaN fails too
-        raise ValueError(f"drop_prob={drop_prob} is not a probability; it must lie between 0 and 1")
-    for name, value in (("training", training), ("scale_by_keep", scale_by_keep)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    check_vector("layer_scale", layer_scale, residual.shape[channel_dim], "channel", residual)
+    check_vector("mask", mask, residual.shape[0], "sample", residual)
 
 
 # ---- backends --------------------------------------------------------------------------------------------
@@ -131,17 +105,13 @@ def _backward_impl(grad_y, branch, multiplier, layer_scale, branch_dtype):
 
 
 def _forward_fake(residual, branch, multiplier, layer_scale):
-    dtype = torch.promote_types(residual.dtype, _scaled_dtype(branch, layer_scale))
+    dtype = torch.promote_types(residual.dtype, scaled_dtype(branch, layer_scale))
     return new_dense(residual, dtype)
 
 
 def _backward_fake(grad_y, branch, multiplier, layer_scale, branch_dtype):
     grad_branch = new_dense(grad_y if layer_scale is None else branch, branch_dtype)
     return grad_branch, grad_y.new_empty(0) if layer_scale is None else layer_scale.new_empty(layer_scale.shape)
-
-
-def _scaled_dtype(branch, layer_scale) -> torch.dtype:
-    return branch.dtype if layer_scale is None else torch.promote_types(branch.dtype, layer_scale.dtype)
 
 
 _forward_op = _common.define(
@@ -179,24 +149,7 @@ class _DropPathAdd(torch.autograd.Function):
         return grad_y.to(residual_dtype), grad_branch, None, None if layer_scale is None else grad_scale
 
 
-# ---- public functions --------------------------------------------------------------------------------------
-
-
-def drop_path_mask(x: torch.Tensor, drop_prob: float, scale_by_keep: bool = True, dtype=None) -> torch.Tensor:
-    """Draws what each sample of a branch is multiplied by: `[N]` values 0 or 1 / keep (1 unless `scale_by_keep`).
-
-    Draws as timm's drop_path does (one Bernoulli value per sample from torch's default generator, divided by the
-    keep probability in the branch's dtype), so that equal seeds drop equal samples. `drop_prob=1` gives zeros.
-
-    Args:
-        x: the branch, samples first; gives N, device and, unless `dtype` says otherwise, the dtype.
-    """
-    keep_prob = 1 - drop_prob
-    shape = (x.shape[0],) + (1,) * (x.dim() - 1)
-    mask = x.new_empty(shape, dtype=dtype or x.dtype).bernoulli_(keep_prob)
-    if keep_prob > 0 and scale_by_keep:
-        mask.div_(keep_prob)
-    return mask.view(-1)
+# ---- public function ---------------------------------------------------------------------------------------
 
 
 def drop_path_add(
@@ -238,14 +191,8 @@ def drop_path_add(
         anything to drop or scale this is `residual + branch`.
     """
     _check(residual, branch, layer_scale, channel_dim, mask)
-    _check_drop(drop_prob, training, scale_by_keep)
-    dtype = _scaled_dtype(branch, layer_scale)
-    if mask is not None:
-        multiplier = mask.detach().to(dtype)
-    elif training and drop_prob > 0:
-        multiplier = drop_path_mask(branch, drop_prob, scale_by_keep, dtype)
-    else:
-        multiplier = None
+    check_drop(drop_prob, training, scale_by_keep)
+    multiplier = sample_multiplier(branch, layer_scale, drop_prob, training, scale_by_keep, mask)
     if multiplier is None and layer_scale is None:
         return residual + branch
 
