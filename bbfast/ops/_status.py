@@ -123,6 +123,12 @@ def _window_partition(device: str) -> dict[str, tuple]:
     }
 
 
+def _window_attention(device: str) -> dict[str, tuple]:
+    qkv, table = torch.zeros(1, 7, 7, 96, device=device), torch.zeros(169, 1, device=device)
+    args = (qkv, table, None, 1, (7, 7), (3, 3), 1.0, "shift_then_pad", -100.0)
+    return {"_FORWARD_KERNELS": args, "_BACKWARD_KERNELS": (qkv[..., :32], *args, True, False)}
+
+
 # Per op file: the arguments that each of its ladders is asked with, on a device.
 EXAMPLES: dict[str, Callable[[str], dict[str, tuple]]] = {
     "depthwise_conv_bn_act": _depthwise_conv_bn_act,
@@ -131,4 +137,5 @@ EXAMPLES: dict[str, Callable[[str], dict[str, tuple]]] = {
     "drop_path_add": _drop_path_add,
     "add_layer_norm": _add_layer_norm,
     "window_partition": _window_partition,
+    "window_attention": _window_attention,
 }

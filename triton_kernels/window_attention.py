@@ -1,0 +1,310 @@
+"""Launchers of windowed attention, forward and backward; see window_attention_kernels.py for what the kernels do.
+
+Trips of the large tensors through memory:
+
+    forward     read qkv [B, H, W, 3C], write y [B, H, W, C]
+    backward    read qkv and dy, write dqkv; above 64 tokens per window qkv and dy are read twice
+
+Neither probabilities nor their row sums are kept between the two: the sums would cost 4 bytes per token and head to
+write and to read, and computing them again costs a few instructions on scores that backward has in registers anyway.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+
+from .batch_statistics import sum_partials
+from .window_attention_kernels import (
+    _expand_bias_kernel,
+    _table_grad_kernel,
+    _window_attention_backward_kernel,
+    _window_attention_bias_grad_kernel,
+    _window_attention_forward_kernel,
+    _window_attention_key_grad_kernel,
+    _window_attention_query_grad_kernel,
+)
+
+# Programs per multiprocessor that forward asks for before it gives a program several windows, and the most windows
+# that share one load of the bias.
+FORWARD_PROGRAMS = 32
+MOST_WINDOWS = 8
+# Programs per multiprocessor in backward, where each leaves a partial sum of the bias gradient.
+BACKWARD_PROGRAMS = 8
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a window is cut: `query_tiles` tiles of `block_q` queries, `key_tiles` of `block_k` keys."""
+
+    block_q: int
+    block_k: int
+    query_tiles: int
+    key_tiles: int
+    block_d: int
+    num_warps: int
+    num_stages: int = 2
+
+    @property
+    def rows(self) -> int:
+        return self.block_q * self.query_tiles
+
+    @property
+    def columns(self) -> int:
+        return self.block_k * self.key_tiles
+
+    def constants(self) -> dict:
+        return {
+            "BLOCK_D": self.block_d,
+            "BLOCK_Q": self.block_q,
+            "BLOCK_K": self.block_k,
+            "QUERY_TILES": self.query_tiles,
+            "KEY_TILES": self.key_tiles,
+        }
+
+
+def forward_tile(tokens: int, head_dim: int) -> Tile:
+    """One tile up to 64 tokens; beyond, 64 queries against key tiles of 32, or of 64 where those fill up no more."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    if tokens <= 64:
+        block = max(16, triton.next_power_of_2(tokens))
+        return Tile(block, block, 1, 1, block_d, num_warps=4 if block == 64 else 1)
+    block_k = 64 if tokens % 64 == 0 else 32
+    return Tile(64, block_k, triton.cdiv(tokens, 64), triton.cdiv(tokens, block_k), block_d, num_warps=4)
+
+
+def backward_tile(tokens: int, head_dim: int) -> Tile:
+    """As forward's, but in tiles of 32 by 32 above 64 tokens: fewer of them are padding, and two warps share one."""
+    tile = forward_tile(tokens, head_dim)
+    if tokens <= 64:
+        return tile
+    tiles = triton.cdiv(tokens, 32)
+    num_warps = 2 if tile.block_d <= 32 else 4
+    return replace(tile, block_q=32, block_k=32, query_tiles=tiles, key_tiles=tiles, num_warps=num_warps)
+
+
+@dataclass(frozen=True)
+class _Map:
+    """The windows of a call, as the kernels take them."""
+
+    windows: int
+    heads: int
+    geometry: tuple[int, ...]
+    constants: dict
+    padded: bool
+
+    @property
+    def head_dim(self) -> int:
+        return self.constants["HEAD_DIM"]
+
+
+def _map(qkv, num_heads, window_size, shift_size, pad_order) -> _Map:
+    batch, height, width, channels = qkv.shape
+    down, across = triton.cdiv(height, window_size[0]), triton.cdiv(width, window_size[1])
+    pad_first = pad_order == "pad_then_shift"
+    # Where the map is smaller than the shift, rolling goes round more than once.
+    roll = shift_size if pad_first else (shift_size[0] % height, shift_size[1] % width)
+    constants = {
+        "WINDOW_H": window_size[0],
+        "WINDOW_W": window_size[1],
+        "SHIFT_H": shift_size[0],
+        "SHIFT_W": shift_size[1],
+        "PAD_FIRST": pad_first,
+        "HEAD_DIM": channels // (3 * num_heads),
+    }
+    padded = down * window_size[0] != height or across * window_size[1] != width
+    return _Map(batch * down * across, num_heads, (height, width, down, across, *map(int, roll)), constants, padded)
+
+
+def _expand_bias(table: torch.Tensor, window_size: tuple[int, int], tile: Tile) -> torch.Tensor:
+    """The bias of every query and key, fp32 [heads, rows, columns] with -inf in columns beyond the window."""
+    heads = table.shape[1]
+    bias = table.new_empty((heads, tile.rows, tile.columns), dtype=torch.float32)
+    block = 16
+    _expand_bias_kernel[(tile.rows // block, heads)](
+        table,
+        bias,
+        table.stride(),
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        WINDOW_H=window_size[0],
+        WINDOW_W=window_size[1],
+        BLOCK_Q=block,
+        BLOCK_K=tile.block_k,
+        num_warps=4,
+    )
+    return bias
+
+
+def _windows_per_program(device: torch.device, windows: int, programs_per_window: int, programs_wanted: int, most: int):
+    """Windows that a program walks over, so that there are about `programs_wanted` programs per multiprocessor."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return max(1, min(most, windows * programs_per_window // (processors * programs_wanted)))
+
+
+def _on_device(x: torch.Tensor):
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def forward(
+    qkv: torch.Tensor,
+    table: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    num_heads: int,
+    window_size: tuple[int, int],
+    shift_size: tuple[int, int],
+    scale: float,
+    pad_order: str,
+    mask_value: float,
+) -> torch.Tensor:
+    """Attention inside the windows of `[B, H, W, 3C]` qkv with at least one element, in any strides.
+
+    Args:
+        qkv: fp32, fp16 or bf16; channels (3, num_heads, head_dim), head_dim up to 128.
+        table: `[(2 wh - 1)(2 ww - 1), num_heads]`, fp32, fp16 or bf16.
+        qkv_bias: `[3C]`, the qkv of padding; None for zeros.
+        window_size: (height, width), up to 256 tokens.
+        shift_size: (height, width), smaller than the window.
+        pad_order: "shift_then_pad" or "pad_then_shift".
+
+    Returns:
+        y `[B, H, W, C]`, contiguous, in qkv's dtype; besides it only the bias matrices are allocated.
+    """
+    walked = _map(qkv, num_heads, window_size, shift_size, pad_order)
+    tile = forward_tile(window_size[0] * window_size[1], walked.head_dim)
+    y = qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
+    with _on_device(qkv):
+        bias = _expand_bias(table, window_size, tile)
+        programs = num_heads * tile.query_tiles
+        walk = _windows_per_program(qkv.device, walked.windows, programs, FORWARD_PROGRAMS, MOST_WINDOWS)
+        _window_attention_forward_kernel[(triton.cdiv(walked.windows, walk) * programs,)](
+            qkv,
+            bias,
+            _fill(qkv_bias, walked),
+            y,
+            walked.windows,
+            walk,
+            num_heads,
+            walked.geometry,
+            qkv.stride(),
+            y.stride()[:3],
+            scale,
+            mask_value,
+            **walked.constants,
+            **tile.constants(),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return y
+
+
+def _fill(qkv_bias: torch.Tensor | None, walked: _Map) -> torch.Tensor | None:
+    """What padding holds; None where there is none or it holds zeros."""
+    return qkv_bias.contiguous() if qkv_bias is not None and walked.padded else None
+
+
+def backward(
+    grad_y: torch.Tensor,
+    qkv: torch.Tensor,
+    table: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    num_heads: int,
+    window_size: tuple[int, int],
+    shift_size: tuple[int, int],
+    scale: float,
+    pad_order: str,
+    mask_value: float,
+    needs_table_grad: bool,
+    needs_bias_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of qkv, of the table and of qkv_bias, the last two None where they are not needed.
+
+    Takes grad_y `[B, H, W, C]` in any strides and forward's arguments. qkv's gradient is contiguous; the table's comes
+    in its dtype and qkv_bias's, which is that of the padding alone, in fp32.
+    """
+    walked = _map(qkv, num_heads, window_size, shift_size, pad_order)
+    tile = backward_tile(window_size[0] * window_size[1], walked.head_dim)
+    grad_qkv = qkv.new_empty(qkv.shape)
+    with _on_device(qkv):
+        bias = _expand_bias(table, window_size, tile)
+        tensors = (grad_y, qkv, bias, _fill(qkv_bias, walked))
+        strides = (walked.geometry, grad_y.stride(), qkv.stride())
+        grad_strides = grad_qkv.stride()[:3]
+        options = {**walked.constants, **tile.constants(), "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+        def walk(tiles: int) -> tuple[int, int, int]:
+            """(programs, parts that the windows are cut into, windows of a part) where a window has `tiles` tiles."""
+            programs = num_heads * tiles
+            each = _windows_per_program(qkv.device, walked.windows, programs, BACKWARD_PROGRAMS, walked.windows)
+            parts = triton.cdiv(walked.windows, each)
+            return programs * parts, parts, each
+
+        def padding_sums(parts: int) -> torch.Tensor | None:
+            if not (needs_bias_grad and walked.padded):
+                return None
+            return qkv.new_empty((parts * tile.key_tiles, 2 * num_heads * walked.head_dim), dtype=torch.float32)
+
+        def bias_sums(parts: int) -> torch.Tensor | None:
+            if not needs_table_grad:
+                return None
+            return qkv.new_empty((parts, num_heads, tile.rows, tile.columns), dtype=torch.float32)
+
+        if tile.key_tiles == 1:
+            programs, parts, each = walk(1)
+            bias_partials, padding_partials = bias_sums(parts), padding_sums(parts)
+            sizes = (walked.windows, each, num_heads, *strides, grad_strides, scale, mask_value)
+            _window_attention_backward_kernel[(programs,)](
+                *tensors, grad_qkv, bias_partials, padding_partials, *sizes, **options
+            )
+        else:
+            # Per query the logarithm of its scores' sum and the sum of probabilities times their gradients.
+            row_sums = qkv.new_empty((walked.windows, num_heads, 2, tile.rows), dtype=torch.float32)
+            programs, parts, each = walk(tile.query_tiles)
+            sizes = (walked.windows, each, num_heads, *strides, grad_strides, scale, mask_value)
+            _window_attention_query_grad_kernel[(programs,)](*tensors, grad_qkv, row_sums, *sizes, **options)
+            programs, parts, each = walk(tile.key_tiles)
+            padding_partials = padding_sums(parts)
+            sizes = (walked.windows, each, num_heads, *strides, grad_strides, scale, mask_value)
+            _window_attention_key_grad_kernel[(programs,)](
+                *tensors, grad_qkv, padding_partials, row_sums, *sizes, **options
+            )
+            programs, parts, each = walk(tile.query_tiles * tile.key_tiles)
+            bias_partials = bias_sums(parts)
+            if needs_table_grad:
+                sizes = (walked.windows, each, num_heads, *strides, scale, mask_value)
+                _window_attention_bias_grad_kernel[(programs,)](*tensors, bias_partials, row_sums, *sizes, **options)
+        grad_table = _table_grad(bias_partials, table, window_size) if needs_table_grad else None
+        grad_bias = _qkv_bias_grad(padding_partials, qkv_bias) if needs_bias_grad else None
+    return grad_qkv, grad_table, grad_bias
+
+
+def _table_grad(partials: torch.Tensor, table: torch.Tensor, window_size: tuple[int, int]) -> torch.Tensor:
+    """The second stage: partials [parts, heads, rows, columns] summed, and the sums by relative position."""
+    parts, heads, rows, columns = partials.shape
+    grad_bias = sum_partials(partials.flatten(1)) if parts > 1 else partials
+    grad_table = table.new_empty(table.shape)
+    block_r = 16
+    _table_grad_kernel[(triton.cdiv(table.shape[0], block_r), heads)](
+        grad_bias,
+        grad_table,
+        heads,
+        ROWS=rows,
+        COLUMNS=columns,
+        WINDOW_H=window_size[0],
+        WINDOW_W=window_size[1],
+        BLOCK_R=block_r,
+        BLOCK=triton.next_power_of_2(window_size[0] * window_size[1]),
+        num_warps=4,
+    )
+    return grad_table
+
+
+def _qkv_bias_grad(partials: torch.Tensor | None, qkv_bias: torch.Tensor) -> torch.Tensor:
+    """fp32 [3C]: zero for q, as nobody asks what padding attends to."""
+    grad = qkv_bias.new_zeros(qkv_bias.shape, dtype=torch.float32)
+    if partials is not None:
+        grad[qkv_bias.shape[0] // 3 :] = sum_partials(partials)
+    return grad
