@@ -1,6 +1,6 @@
 """The static kernel report: compiles the Triton kernels as their launchers would launch them, without a GPU.
 
-    python -m benchmarks.kernels [--arch 80 90 100] [--set mobilenetv3|training|sweep] [--json FILE] [--check]
+    python -m benchmarks.kernels [--arch 80 90 100] [--set NAME ...] [--json FILE] [--check]
 
 Launchers run on meta tensors with their kernels replaced by recorders, so what is compiled is what a real launch of
 that shape compiles: the same heuristics, constants and specialisations (1, multiples of 16, None). Registers, shared
@@ -23,7 +23,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -146,7 +146,8 @@ class Report:
     Attributes:
         spill_bytes: bytes of the stack per thread.
         occupancy: resident threads over the most that a multiprocessor takes, as registers allow.
-        per_output: lane-instructions per output element (depthwise kernels).
+        outputs: output elements of the launch; of attention kernels padded scores, each of which is much more work.
+        per_output: lane-instructions per output (depthwise and attention kernels).
         traffic_bytes: what the launch must move at least, halos left out; halo is what they multiply reads with.
         vector_bytes: what a thread loads at once, by the strides of the tensors.
         opcodes: how often each SASS opcode stands in the kernel, widths included (LDG.E.128).
@@ -198,7 +199,11 @@ def compile_launch(launch: Launch, arch: int, case: str) -> Report:
     per_block = -(-registers // 8) * 8 * threads
     blocks = min(THREADS_PER_MULTIPROCESSOR // threads, REGISTERS_PER_MULTIPROCESSOR // per_block, 32)
     values = launch.values
-    tile = f"{values['BLOCK_T']}x{values['BLOCK_C']} S{values['TILE_S']}/{values['span']}" if "TILE_S" in values else ""
+    tile = ""
+    if "TILE_S" in values:
+        tile = f"{values['BLOCK_T']}x{values['BLOCK_C']} S{values['TILE_S']}/{values['span']}"
+    elif "BLOCK_Q" in values:
+        tile = f"{values['BLOCK_Q']}x{values['BLOCK_K']}"
     report = Report(
         case=case,
         kernel=launch.kernel.__name__.strip("_"),
@@ -214,6 +219,8 @@ def compile_launch(launch: Launch, arch: int, case: str) -> Report:
     )
     if "TILE_S" in values:
         _add_depthwise_work(report, launch, loops)
+    elif report.kernel.startswith("window_attention"):
+        _add_attention_work(report, launch, loops)
     return report
 
 
@@ -259,6 +266,27 @@ def _add_depthwise_work(report: Report, launch: Launch, loops: list[tuple[int, i
     report.traffic_bytes = images * channels * (pixels_in + pixels_out) * x.element_size()
     report.halo = _halo(values, "T", values["BLOCK_T"]) * _halo(values, "S", values["span"])
     report.read_per_output_byte = report.halo * pixels_in / pixels_out
+
+
+def _add_attention_work(report: Report, launch: Launch, loops: list[tuple[int, int]]) -> None:
+    """Instructions per padded score of the kernels that loop over windows and, where they are large, over tiles inside.
+
+    The mask counts as if every window had one. sm_100's waits are loops too, so there is no telling which is which.
+    """
+    values = launch.values
+    if report.arch >= 100 or not loops:
+        return
+    *inner, windows = sorted(length for _, length in loops)
+    tiles = {"key_grad": values["QUERY_TILES"], "bias_grad": 1}.get(report.kernel.split("_", 2)[2][:-7])
+    tiles = values["KEY_TILES"] if tiles is None else tiles
+    per_thread = tiles * values["BLOCK_Q"] * values["BLOCK_K"] / (32 * report.num_warps)
+    report.per_output = (windows + (tiles - 1) * sum(inner)) / per_thread
+    scores = values["QUERY_TILES"] * values["BLOCK_Q"] * values["KEY_TILES"] * values["BLOCK_K"]
+    report.outputs = values["num_windows"] * values["heads"] * scores
+    qkv, bias = values["qkv_ptr"], values["bias_ptr"]
+    read_and_written = {"window_attention_forward_kernel": 4 / 3, "window_attention_backward_kernel": 7 / 3}
+    if report.kernel in read_and_written:
+        report.traffic_bytes = int(qkv.nbytes * read_and_written[report.kernel]) + bias.nbytes
 
 
 def _halo(values: dict, axis: str, block: int) -> float:
@@ -397,11 +425,63 @@ def _add_layer_norm(channels: int, size: int, dtype: str, scaled: bool = False) 
     return run
 
 
+@dataclass(frozen=True)
+class AttentionShape:
+    """A Swin block's attention: map, channels, heads, window, shift."""
+
+    batch: int
+    size: int
+    channels: int
+    heads: int
+    window: int
+    shift: int
+    dtype: str = "bf16"
+
+    def __str__(self) -> str:
+        text = f"attention {self.size}x{self.size} window {self.window} shift {self.shift}"
+        return f"{text} {self.heads} heads of {self.channels // self.heads} {self.dtype}"
+
+    def forward_and_backward(self) -> None:
+        shape, dtype = (self.batch, self.size, self.size), DTYPES[self.dtype]
+        qkv = torch.empty(*shape, 3 * self.channels, dtype=dtype, device="meta")
+        table = torch.empty((2 * self.window - 1) ** 2, self.heads, device="meta")
+        qkv_bias = torch.empty(3 * self.channels, device="meta")
+        config = (self.heads, (self.window,) * 2, (self.shift,) * 2, 0.1, "shift_then_pad", -100.0)
+        y = window_attention.forward(qkv, table, qkv_bias, *config)
+        window_attention.backward(y, qkv, table, qkv_bias, *config, True, True)
+
+
+WINDOW_ATTENTION = (
+    AttentionShape(128, 56, 96, 3, 7, 3),  # Swin-T, stages 1 to 4
+    AttentionShape(128, 28, 192, 6, 7, 3),
+    AttentionShape(128, 14, 384, 12, 7, 3),
+    AttentionShape(128, 7, 768, 24, 7, 0),
+    AttentionShape(32, 96, 128, 4, 12, 6),  # Swin-B at 384 pixels, stages 1 and 4
+    AttentionShape(32, 12, 1024, 32, 12, 0),
+)
+WINDOW_ATTENTION_SWEEP = (
+    AttentionShape(8, 64, 96, 3, 8, 4),
+    AttentionShape(8, 64, 96, 3, 16, 8),
+    AttentionShape(8, 57, 192, 3, 7, 3),
+    AttentionShape(8, 57, 384, 3, 7, 3),
+    AttentionShape(8, 60, 384, 3, 12, 6),
+    AttentionShape(8, 57, 60, 3, 5, 2),
+)
+
+
 def cases(name: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(description, what launches the kernels) of one set: mobilenetv3, training or sweep."""
+    """(description, what launches the kernels) of one set."""
     if name == "mobilenetv3":
         for shape in MOBILENETV3_LARGE:
             yield str(shape), shape.eval_forward
+    elif name == "window_attention":
+        for shape in WINDOW_ATTENTION:
+            yield str(shape), shape.forward_and_backward
+    elif name == "window_attention_sweep":
+        for dtype in DTYPES:
+            for shape in WINDOW_ATTENTION_SWEEP + WINDOW_ATTENTION[:1]:
+                shape = replace(shape, dtype=dtype)
+                yield str(shape), shape.forward_and_backward
     elif name == "training":
         for index in (0, 1, 4, 10):
             yield f"training {MOBILENETV3_LARGE[index]}", MOBILENETV3_LARGE[index].training_step
@@ -444,6 +524,10 @@ def cases(name: str) -> Iterator[tuple[str, Callable[[], None]]]:
                     for channels, size, kernel, stride in SWEEP:
                         shape = DepthwiseShape(channels, size, kernel, stride, act, kernel == 5, dtype, layout, 32)
                         yield f"training {shape}", shape.training_step
+
+
+# The first three make the default report.
+SETS = ("mobilenetv3", "training", "window_attention", "sweep", "window_attention_sweep")
 
 
 # ---- report ----------------------------------------------------------------------------------------------
@@ -522,15 +606,15 @@ def print_table(rows: list[Report]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m benchmarks.kernels")
     parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities, e.g. 80 90 100")
-    parser.add_argument("--set", nargs="+", default=["mobilenetv3", "training"], dest="sets")
+    parser.add_argument("--set", nargs="+", default=list(SETS[:3]), dest="sets")
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
     parser.add_argument("--check", action="store_true", help="exit 1 on spills, narrow accesses or halos above 1.15")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
     for name in options.sets:
-        if name not in ("mobilenetv3", "training", "sweep"):
-            parser.error(f"--set {name!r} is not known; allowed: mobilenetv3, training, sweep")
+        if name not in SETS:
+            parser.error(f"--set {name!r} is not known; allowed: {', '.join(SETS)}")
 
     rows = [report for name in options.sets for report in reports(name, tuple(options.arch))]
     print_table(rows)

@@ -50,6 +50,29 @@ def test_training_kernels(tmp_path):
         assert any(opcode.startswith("LDG.E") and opcode.endswith(".128") for opcode in report["opcodes"]), report
 
 
+def _check_attention(reports):
+    """Tensor cores in every pass over scores, and a forward pass that the instruction issue does not hold up."""
+    forwards = [report for report in reports if report["kernel"] == "window_attention_forward_kernel"]
+    assert len(forwards) == 6 * len({report["arch"] for report in reports})
+    for report in reports:
+        if report["kernel"].startswith("window_attention"):
+            wanted = {80: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}[report["arch"]]
+            assert any(opcode.split(".")[0] in wanted for opcode in report["opcodes"]), report
+    for report in forwards:
+        if report["arch"] == 90:
+            assert any(opcode.startswith("HGMMA") for opcode in report["opcodes"]), report
+        assert report["arch"] == 100 or report["per_output"] <= 30, report
+
+
+def test_window_attention_kernels(tmp_path):
+    _check_attention(_check(tmp_path, ["window_attention"], [90]))
+
+
+@pytest.mark.slow
+def test_window_attention_kernels_of_other_architectures(tmp_path):
+    _check_attention(_check(tmp_path, ["window_attention"], [80, 100]))
+
+
 @pytest.mark.slow
 def test_training_kernels_of_other_architectures(tmp_path):
     _check(tmp_path, ["training"], [80, 100])

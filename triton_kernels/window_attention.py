@@ -3,21 +3,22 @@
 Trips of the large tensors through memory:
 
     forward     read qkv [B, H, W, 3C], write y [B, H, W, C]
-    backward    read qkv and dy, write dqkv; above 64 tokens per window qkv and dy are read twice
+    backward    read qkv and dy, write dqkv; where a window takes several tiles, read qkv and dy three times
 
-Neither probabilities nor their row sums are kept between the two: the sums would cost 4 bytes per token and head to
-write and to read, and computing them again costs a few instructions on scores that backward has in registers anyway.
+Neither probabilities nor their row sums are kept between the two. In windows of one tile, 4 bytes per token and head
+written and read would save a few instructions on scores that backward has in registers anyway; in larger windows they
+would save backward one sweep over the scores, but only together with y, which nothing else here keeps.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 
-from .batch_statistics import sum_partials
+from .batch_statistics import MAX_REGISTERS, sum_partials
 from .window_attention_kernels import (
     _expand_bias_kernel,
     _table_grad_kernel,
@@ -46,7 +47,7 @@ class Tile:
     key_tiles: int
     block_d: int
     num_warps: int
-    num_stages: int = 2
+    num_stages: int
 
     @property
     def rows(self) -> int:
@@ -66,24 +67,43 @@ class Tile:
         }
 
 
-def forward_tile(tokens: int, head_dim: int) -> Tile:
-    """One tile up to 64 tokens; beyond, 64 queries against key tiles of 32, or of 64 where those fill up no more."""
+def _tiles(tokens: int, block_q: int, block_k: int, block_d: int, num_warps: int, num_stages: int = 2) -> Tile:
+    query_tiles, key_tiles = triton.cdiv(tokens, block_q), triton.cdiv(tokens, block_k)
+    return Tile(block_q, block_k, query_tiles, key_tiles, block_d, num_warps, num_stages)
+
+
+def _row_bytes(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(head_dim as tiles hold it, bytes of such a row)."""
     block_d = max(16, triton.next_power_of_2(head_dim))
+    return block_d, block_d * dtype.itemsize
+
+
+def forward_tile(tokens: int, head_dim: int, dtype: torch.dtype) -> Tile:
+    """One tile up to 64 tokens; beyond, 64 queries against key tiles of 32, or of 64 where those fill up no more.
+
+    head_dim is padded to a power of two. Rows too long for registers (fp32, head_dim 128) go in tiles of 32 by 32.
+    """
+    block_d, row_bytes = _row_bytes(head_dim, dtype)
+    if row_bytes > 256 and tokens > 32:
+        return _tiles(tokens, 32, 32, block_d, num_warps=4)
     if tokens <= 64:
         block = max(16, triton.next_power_of_2(tokens))
-        return Tile(block, block, 1, 1, block_d, num_warps=4 if block == 64 else 1)
-    block_k = 64 if tokens % 64 == 0 else 32
-    return Tile(64, block_k, triton.cdiv(tokens, 64), triton.cdiv(tokens, block_k), block_d, num_warps=4)
+        return _tiles(tokens, block, block, block_d, num_warps=4 if block == 64 else 1)
+    return _tiles(tokens, 64, 64 if tokens % 64 == 0 else 32, block_d, num_warps=4)
 
 
-def backward_tile(tokens: int, head_dim: int) -> Tile:
-    """As forward's, but in tiles of 32 by 32 above 64 tokens: fewer of them are padding, and two warps share one."""
-    tile = forward_tile(tokens, head_dim)
-    if tokens <= 64:
-        return tile
-    tiles = triton.cdiv(tokens, 32)
-    num_warps = 2 if tile.block_d <= 32 else 4
-    return replace(tile, block_q=32, block_k=32, query_tiles=tiles, key_tiles=tiles, num_warps=num_warps)
+def backward_tile(tokens: int, head_dim: int, dtype: torch.dtype) -> Tile:
+    """One tile up to 64 tokens where rows are short enough for its registers; else tiles of 32 by 32.
+
+    Small tiles are less padding (144 tokens are 4.5 of them but 2.25 of 64) and two warps share one.
+    """
+    block_d, row_bytes = _row_bytes(head_dim, dtype)
+    if tokens <= 32:
+        return forward_tile(tokens, head_dim, dtype)
+    if tokens <= 64 and block_d <= 64:
+        stages = 1 if dtype == torch.float32 else 2
+        return _tiles(tokens, 64, 64, block_d, num_warps=4 if row_bytes <= 64 else 8, num_stages=stages)
+    return _tiles(tokens, 32, 32, block_d, num_warps=2 if row_bytes <= 64 else 4)
 
 
 @dataclass(frozen=True)
@@ -174,7 +194,7 @@ def forward(
         y `[B, H, W, C]`, contiguous, in qkv's dtype; besides it only the bias matrices are allocated.
     """
     walked = _map(qkv, num_heads, window_size, shift_size, pad_order)
-    tile = forward_tile(window_size[0] * window_size[1], walked.head_dim)
+    tile = forward_tile(window_size[0] * window_size[1], walked.head_dim, qkv.dtype)
     y = qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
     with _on_device(qkv):
         bias = _expand_bias(table, window_size, tile)
@@ -226,7 +246,7 @@ def backward(
     in its dtype and qkv_bias's, which is that of the padding alone, in fp32.
     """
     walked = _map(qkv, num_heads, window_size, shift_size, pad_order)
-    tile = backward_tile(window_size[0] * window_size[1], walked.head_dim)
+    tile = backward_tile(window_size[0] * window_size[1], walked.head_dim, qkv.dtype)
     grad_qkv = qkv.new_empty(qkv.shape)
     with _on_device(qkv):
         bias = _expand_bias(table, window_size, tile)
@@ -260,6 +280,7 @@ def backward(
                 *tensors, grad_qkv, bias_partials, padding_partials, *sizes, **options
             )
         else:
+            options["maxnreg"] = MAX_REGISTERS
             # Per query the logarithm of its scores' sum and the sum of probabilities times their gradients.
             row_sums = qkv.new_empty((walked.windows, num_heads, 2, tile.rows), dtype=torch.float32)
             programs, parts, each = walk(tile.query_tiles)

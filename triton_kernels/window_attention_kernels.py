@@ -134,24 +134,42 @@ def _store_tokens(ptr, x, offsets, inside, channel, HEAD_DIM: tl.constexpr, BLOC
 
 
 @triton.jit
-def _wrapped(place, token, geometry, SHIFT_H: tl.constexpr, SHIFT_W: tl.constexpr, WINDOW_H: tl.constexpr,
-             WINDOW_W: tl.constexpr):  # fmt: skip
-    """The region of tokens: bit 1 for rows that rolling wrapped around, bit 0 for columns."""
-    row = (place[1] == geometry[2] - 1) & (token // WINDOW_W >= WINDOW_H - SHIFT_H)
-    column = (place[2] == geometry[3] - 1) & (token % WINDOW_W >= WINDOW_W - SHIFT_W)
+def _wrapped(token, SHIFT_H: tl.constexpr, SHIFT_W: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
+    """Bit 1: in the last row of windows, the token's row is one that rolling wrapped around; bit 0: so for columns."""
+    row = token // WINDOW_W >= WINDOW_H - SHIFT_H
+    column = token % WINDOW_W >= WINDOW_W - SHIFT_W
     return row.to(tl.int32) * 2 + column.to(tl.int32)
 
 
 @triton.jit
-def _scores(q, k, bias, scale, mask_value, place, query, key, geometry, SHIFT_H: tl.constexpr, SHIFT_W: tl.constexpr,
-            WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):  # fmt: skip
-    """scale q k^T + bias + mask, fp32 [queries, keys]."""
+def _scores(
+    q,
+    k,
+    bias,
+    scale,
+    mask_value,
+    place,
+    query,
+    key,
+    geometry,
+    SHIFT_H: tl.constexpr,
+    SHIFT_W: tl.constexpr,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+):
+    """scale q k^T + bias + mask, fp32 [queries, keys].
+
+    What a token's place in its window says of its region does not change from window to window; which of the two bits
+    count does. So a score's mask is one three-input logical operation and one predicated addition.
+    """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias
-    if SHIFT_H + SHIFT_W > 0:  # noqa: SIM102 (this one at compile time, the next at run time)
-        if (place[1] == geometry[2] - 1) | (place[2] == geometry[3] - 1):
-            from_region = _wrapped(place, query, geometry, SHIFT_H, SHIFT_W, WINDOW_H, WINDOW_W)
-            to_region = _wrapped(place, key, geometry, SHIFT_H, SHIFT_W, WINDOW_H, WINDOW_W)
-            scores += tl.where(from_region[:, None] != to_region[None, :], mask_value, 0.0)
+    if SHIFT_H + SHIFT_W > 0:
+        last = (place[1] == geometry[2] - 1).to(tl.int32) * 2 + (place[2] == geometry[3] - 1).to(tl.int32)
+        if last != 0:
+            from_region = _wrapped(query, SHIFT_H, SHIFT_W, WINDOW_H, WINDOW_W)
+            to_region = _wrapped(key, SHIFT_H, SHIFT_W, WINDOW_H, WINDOW_W)
+            apart = ((from_region[:, None] ^ to_region[None, :]) & last) != 0
+            scores += tl.where(apart, mask_value, 0.0)
     return scores
 
 
@@ -159,7 +177,7 @@ def _scores(q, k, bias, scale, mask_value, place, query, key, geometry, SHIFT_H:
 
 
 # Tile: BLOCK_Q queries of one head against all keys in KEY_TILES tiles of BLOCK_K, for `windows_per_program` windows
-# one after the other. Reads q once, k and v once per query tile (one tile up to 64 tokens; else through the caches), the
+# one after the other. Reads q once, k and v once per query tile (several share them through the caches), the
 # bias tile once per program (one key tile) or per window; writes y once. Registers: bias, scores and the fp32
 # accumulator [BLOCK_Q, BLOCK_D]; with several key tiles the running maximum and sum of an online softmax.
 @triton.jit
@@ -264,7 +282,7 @@ def _store_padding_sums(ptr, row, k_sum, v_sum, channels, channel, HEAD_DIM: tl.
     tl.store(ptrs + channels, v_sum, mask=dim < HEAD_DIM)
 
 
-# Windows of up to 64 tokens. Tile: a whole window of one head, for `windows_per_program` windows one after the other.
+# Windows that fit one tile. Tile: a whole window of one head, for `windows_per_program` windows one after the other.
 # Reads q, k, v and dy once, writes dq, dk and dv once; the bias comes through the caches. Softmax is computed anew, and
 # with a row's probabilities P and dP = dy v^T at hand so is sum(P dP), for which others read y. Registers: scores and
 # dP, and the bias gradient's sum over the program's windows, fp32 [BLOCK_Q, BLOCK_Q] each; the last is written once, at
@@ -349,7 +367,7 @@ def _window_attention_backward_kernel(
         _store_padding_sums(padding_partials_ptr, part, k_sum, v_sum, channels, channel, HEAD_DIM, BLOCK_D)
 
 
-# Windows of more than 64 tokens, first of three kernels. Tile: BLOCK_Q queries of one head against KEY_TILES tiles of
+# Windows of several tiles, first of three kernels. Tile: BLOCK_Q queries of one head against KEY_TILES tiles of
 # BLOCK_K keys, twice: a sweep for the rows' log-sum-exp and sum(P dP), another for dq. Reads q and dy once, k and v
 # through the caches; writes dq, and 8 bytes per token and head of row sums for the other two. Registers: one tile of
 # scores and of dP, dq.
@@ -443,7 +461,7 @@ def _window_attention_query_grad_kernel(
         _store_tokens(grad_qkv_ptr, grad_q * scale, offsets, inside, channel, HEAD_DIM, BLOCK_D)
 
 
-# Windows of more than 64 tokens, second kernel. Tile: BLOCK_K keys of one head against QUERY_TILES tiles of BLOCK_Q
+# Windows of several tiles, second kernel. Tile: BLOCK_K keys of one head against QUERY_TILES tiles of BLOCK_Q
 # queries. Reads k and v once, q, dy and the row sums through the caches; writes dk and dv. Registers: one tile of
 # scores and of dP, the accumulators of dk and dv [BLOCK_K, BLOCK_D], and the sums over padding.
 @triton.jit
@@ -525,7 +543,7 @@ def _window_attention_key_grad_kernel(
         _store_padding_sums(padding_partials_ptr, row, k_sum, v_sum, channels, channel, HEAD_DIM, BLOCK_D)
 
 
-# Windows of more than 64 tokens, third kernel, for the bias gradient. Tile: BLOCK_Q queries of one head against BLOCK_K
+# Windows of several tiles, third kernel, for the bias gradient. Tile: BLOCK_Q queries of one head against BLOCK_K
 # keys, for `windows_per_program` windows one after the other. Reads everything through the caches: each query as often
 # as there are key tiles and vice versa. Registers: one tile of scores and of dP, and the sum over the program's
 # windows, which is written once, at the end. (Summing in the first kernel would take KEY_TILES such tiles: at 144

@@ -112,7 +112,7 @@ _CONFIG = "int num_heads, int[2] window_size, int[2] shift_size, float? scale, s
 
 
 def _with_scale(qkv, table, qkv_bias, num_heads, window_size, shift_size, scale, *rest):
-    """The arguments with a number for scale; it may be None until here, as a number would tie a graph to its channels."""
+    """The arguments with a number for scale; None until here, as a number would tie a traced graph to its channels."""
     if scale is None:
         scale = (qkv.shape[3] // (3 * num_heads)) ** -0.5
     return (qkv, table, qkv_bias, num_heads, window_size, shift_size, scale, *rest)
