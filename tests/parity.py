@@ -61,7 +61,7 @@ def training_step(model: nn.Module, x: torch.Tensor, grad_out: torch.Tensor, *, 
         "output": y.detach(),
         "gradient of the input": x.grad,
         **{f"gradient of {key}": parameter.grad for key, parameter in model.named_parameters()},
-        **{f"buffer {key}": buffer for key, buffer in model.named_buffers()},
+        **{f"buffer {key}": buffer for key, buffer in model.named_buffers() if key in model.state_dict()},
     }
 
 
