@@ -22,6 +22,7 @@ from bbfast.ops.batch_norm_act import batch_norm_act
 from bbfast.ops.conv_bn_act import conv_bn_act
 from bbfast.ops.depthwise_conv_bn_act import depthwise_conv_bn_act
 from bbfast.ops.drop_path_add import drop_path_add
+from bbfast.ops.window_attention import window_attention
 from bbfast.ops.window_partition import window_partition
 
 SMALL_MODEL = "mobilenetv3_small_050"
@@ -168,6 +169,9 @@ def _call_every_op(device):
     total, norm = add_layer_norm(x.movedim(1, -1), x.movedim(1, -1), *batch_norm[:2], mask=torch.ones(1, device=device))
     (total * norm).sum().backward()
     window_partition(x.permute(0, 2, 3, 1), 2, 1).sum().backward()
+    qkv = torch.randn(1, 7, 7, 96, device=device, requires_grad=True)
+    table = torch.randn(169, 1, device=device, requires_grad=True)
+    window_attention(qkv, table, num_heads=1, window_size=7, shift_size=3).sum().backward()
     with torch.no_grad():
         conv_bn_act(x, pointwise, *batch_norm)
         depthwise_conv_bn_act(x, depthwise, *batch_norm, padding=1)
