@@ -107,6 +107,7 @@ def test_training_agrees(name):
         ({"img_size": 64, "head_dim": 12, "qkv_bias": False, "mlp_ratio": (2.0, 3.0, 4.0, 1.5)}, [(64, 64)]),
         ({"img_size": 64, "in_chans": 1, "global_pool": "catavgmax"}, [(64, 64)]),
         ({"img_size": 64, "num_classes": 0, "global_pool": ""}, [(64, 64)]),
+        ({"img_size": 64, "norm_layer": nn.RMSNorm}, [(64, 64)]),
     ],
     ids=str,
 )

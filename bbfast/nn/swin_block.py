@@ -39,7 +39,8 @@ class Mlp(nn.Module):
 class SwinBlock(nn.Module):
     """`x += drop_path(attn(norm1(x)))`, then `x += drop_path(mlp(norm2(x)))`, on maps `[B, H, W, C]`.
 
-    The first addition and norm2 are one pass over memory. Hooks on norm2 and the drop paths do not run.
+    The first addition and norm2, where that is an nn.LayerNorm, are one pass over memory; hooks on norm2 and drop_path1
+    do not run then.
 
     Args:
         dim, num_heads, head_dim, qkv_bias, attn_drop, proj_drop: see `ShiftedWindowAttention`.
@@ -127,9 +128,17 @@ class SwinBlock(nn.Module):
         self.attn.shift_size = shift_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x, normalised = apply_add_layer_norm(self.norm2, self.drop_path1, x, self.attn(self.norm1(x)))
-        branch = self.mlp(normalised)
-        return self.drop_path2(x, branch) if isinstance(self.drop_path2, DropPathAdd) else x + branch
+        branch = self.attn(self.norm1(x))
+        if isinstance(self.norm2, nn.LayerNorm):
+            x, normalised = apply_add_layer_norm(self.norm2, self.drop_path1, x, branch)
+        else:
+            x = _add(self.drop_path1, x, branch)
+            normalised = self.norm2(x)
+        return _add(self.drop_path2, x, self.mlp(normalised))
+
+
+def _add(drop_path: nn.Module, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    return drop_path(x, branch) if isinstance(drop_path, DropPathAdd) else x + branch
 
 
 def _drop_path(rate: float) -> nn.Module:
