@@ -116,10 +116,11 @@ def choose_config(
     """
     kernel_t, kernel_s = kernel_size
     # Per thread and column or tap up to 8 registers: TILE_S accumulators, kernel_s taps, and what the epilogue needs,
-    # which is most for conv_grad. NCHW has fewer lanes, but an address and a mask for each.
+    # which is most for conv_grad. NCHW has fewer lanes, but an address and a mask for each; Ampere needs a few more.
     strided = stride[1] > 1
     narrow = kernel_s > 7 or (kernel == "conv_grad" and (strided or kernel_s > 3))
-    narrow = narrow or (kernel == "statistics" and strided and kernel_s > 3 and not channels_last)
+    if kernel == "statistics" and strided:
+        narrow = narrow or capability < (9, 0) or (kernel_s > 3 and not channels_last)
     tile_s = 4 if narrow else 7
     rows = 1
     if kernel == "input_grad" and stride[1] > 1:
