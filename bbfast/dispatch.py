@@ -88,15 +88,26 @@ def select(op: str, kernels: Sequence[Backend], reference: Callable, *args) -> C
     if not reasons:
         reasons = [f"{wanted}: {op} has no such backend (it has: {', '.join(k.name for k in kernels) or 'none'})"]
 
-    if env.strict():
+    fall_back(op, args[0], reasons)
+    return reference
+
+
+def fall_back(op: str, x: torch.Tensor, reasons: Sequence[str]) -> None:
+    """Says that `op` runs in plain torch on `x`, and why.
+
+    Raises:
+        BackendUnavailableError: `BBFAST_STRICT=1`.
+        ValueError: an environment variable holds an unknown value.
+    """
+    wanted = env.backend()
+    if env.strict() and wanted != "torch":
         raise BackendUnavailableError(
             f"{op}: no kernel backend takes this call and BBFAST_STRICT=1 forbids the reference; " + "; ".join(reasons)
         )
     # On a CPU the reference is the plan, not a fallback; on a GPU, or when a backend was asked for, it is news.
-    if args[0].device.type != "cpu" or wanted != "auto":
+    if wanted != "torch" and (x.device.type != "cpu" or wanted != "auto"):
         _warn_once(op, reasons)
     _choices[op] = Choice("torch", tuple(reasons))
-    return reference
 
 
 def record(op: str, choice: Choice) -> None:

@@ -7,6 +7,7 @@
 #include "depthwise_conv_bn_act.h"
 #include "pointwise_conv_bn_act.h"
 #include "shortcut.h"
+#include "window_attention.h"
 #include "window_tensors.h"
 #ifdef BBFAST_WITH_CUDA
 #include "device_info.h"
@@ -110,6 +111,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "(y, squeeze means or empty) where checks and dispatcher would lead to the kernel, else None.");
   m.def("try_pointwise_conv_bn_act", &try_pointwise_conv_bn_act,
         "y where checks and dispatcher would lead to the kernel, else None.");
+  m.def("window_attention", &window_attention_cpu, py::arg("qkv"), py::arg("table"), py::arg("qkv_bias"),
+        py::arg("num_heads"), py::arg("window_size"), py::arg("shift_size"), py::arg("scale"), py::arg("pad_first"),
+        py::arg("mask_value"), py::call_guard<py::gil_scoped_release>(),
+        "Attention [B, H, W, C] within the shifted windows of a float32 CPU map's packed qkv [B, H, W, 3C].");
   m.def("window_partition", &window_partition, py::arg("x"), py::arg("window_size"), py::arg("shift_size"),
         py::arg("pad_first"), py::call_guard<py::gil_scoped_release>(),
         "Windows [B * n, h * w, C] of a map [B, H, W, C], padded and shifted in the same copy.");

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import bbfast
+from bbfast import dispatch
 from bbfast.models._swin_weights import resample_patch_embed
 from bbfast.nn._relative_position import resize_relative_position_bias_table
 
@@ -298,6 +299,43 @@ def test_attention_dropout_keeps_the_expectation():
         if isinstance(module, bbfast.nn.WindowAttention):
             module.attn_drop.p = 1e-300  # drops nothing, but takes the path
     assert_same(model(x), expected)
+    model.compile(fullgraph=True, backend="aot_eager")
+    assert_same(model(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:add_layer_norm.* falls back", "ignore:drop_path_add.* falls back")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extension_in_the_model(dtype, monkeypatch):
+    """The C++ attention gives the model's numbers, forward and backward, on maps that windows do not divide."""
+    arguments = {"img_size": (60, 92), "drop_path_rate": 0.0, **SHALLOW}
+    state, x, grad_out = random_state(TINY, **arguments), torch.randn(2, 3, 60, 92), torch.randn(2, 5)
+    expected = training_step(make(timm, TINY, state, torch.float64, **arguments), x, grad_out)
+    monkeypatch.setenv("BBFAST_BACKEND", "cpp")
+    found = training_step(make(bbfast, TINY, state, dtype, **arguments), x, grad_out)
+    assert dispatch.last_choices()["window_attention"].backend == "cpp"
+    assert dispatch.last_choices()["window_attention_backward"].backend == "cpp"
+    if dtype is torch.float64:
+        assert_equal_to_nine_digits(found, expected)
+        return
+    for key, value in expected.items():
+        assert (found[key].double() - value).abs().max() <= 1e-4 * value.abs().max() + 1e-6, key
+
+
+def test_plain_attention_is_explained(monkeypatch):
+    windows, mask = torch.randn(4, 49, 32), torch.randn(2, 49, 49)
+    layer = bbfast.nn.ShiftedWindowAttention(32, 2, shift_size=3, attn_drop=0.1)
+    layer(torch.randn(1, 9, 9, 32))
+    choice = dispatch.last_choices()["window_attention"]
+    assert choice == dispatch.Choice("torch", ("attn_drop=0.1 in training; no backend drops attention weights",))
+    bbfast.nn.WindowAttention(32, 2).eval()(windows, mask)
+    choice = dispatch.last_choices()["window_attention"]
+    assert choice.backend == "torch" and "a mask was given" in choice.reasons[0]
+
+    monkeypatch.setenv("BBFAST_STRICT", "1")  # no fallback where plain torch was asked for
+    layer(torch.randn(1, 9, 9, 32))
+    monkeypatch.setenv("BBFAST_BACKEND", "auto")
+    with pytest.raises(dispatch.BackendUnavailableError, match=r"attn_drop=0\.1"):
+        layer(torch.randn(1, 9, 9, 32))
 
 
 def test_copies_and_layouts_compute_the_same():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numerics import assert_within_rule, poison_new_empty
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from bbfast import dispatch
+from bbfast import dispatch, extension
 from bbfast.ops import window_attention
 from bbfast.reference.window_attention import relative_position_index
 from bbfast.reference.window_attention import window_attention as reference
@@ -223,6 +223,14 @@ def use_kernels(monkeypatch, device):
     poison_new_empty(monkeypatch)
 
 
+EXTENSION = {"cpu": "cpp", "cuda": "cuda"}
+
+
+def use_extension(monkeypatch, device):
+    monkeypatch.setenv("BBFAST_BACKEND", EXTENSION[device])
+    monkeypatch.setenv("BBFAST_STRICT", "1")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_kernels(name, device, monkeypatch):
     use_kernels(monkeypatch, device)
@@ -239,10 +247,11 @@ def test_kernels_at_real_sizes(dtype, window, head_dim, device, monkeypatch):
     Case((57, 61), (window, window), shift, heads=3, head_dim=head_dim, batch=4, dtype=dtype).check(device)
 
 
+@pytest.mark.parametrize("use", [use_kernels, use_extension])
 @pytest.mark.parametrize("window", [(7, 7), (9, 8)])
-def test_huge_logits(window, device, monkeypatch):
+def test_huge_logits(window, use, device, monkeypatch):
     """Logits of +-1e4 are finite, one-hot and right, where exponentials without the maximum would overflow."""
-    use_kernels(monkeypatch, device)
+    use(monkeypatch, device)
     case = Case(window, window, heads=1, amplitude=50.0, scale=1.0)
     tensors = case.tensors(device)
     q, k, _ = tensors[0].flatten(1, 2).chunk(3, -1)
@@ -251,9 +260,10 @@ def test_huge_logits(window, device, monkeypatch):
     assert all(t.isfinite().all() for t in (y, *grads))
 
 
-def test_a_masked_key_can_win(device, monkeypatch):
+@pytest.mark.parametrize("use", [use_kernels, use_extension])
+def test_a_masked_key_can_win(use, device, monkeypatch):
     """-100 is an offset, not a prohibition: a key that rolling brought along takes a query that wants it enough."""
-    use_kernels(monkeypatch, device)
+    use(monkeypatch, device)
     case = Case((4, 4), (4, 4), (2, 2), heads=1, scale=1.0, bias=False)
     qkv, table, _ = case.tensors(device)
     qkv, table = torch.zeros_like(qkv), torch.zeros_like(table)
@@ -385,6 +395,98 @@ def _not_on_maps(name):
     return guarded
 
 
+# ---- the extension -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_extension(name, device, monkeypatch):
+    use_extension(monkeypatch, device)
+    CASES[name].check(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("pad_order", PAD_ORDERS)
+def test_extension_in_other_dtypes(dtype, pad_order, device, monkeypatch):
+    use_extension(monkeypatch, device)
+    Case((9, 12), shift=(3, 3), heads=3, batch=2, pad_order=pad_order, dtype=dtype).check(device)
+
+
+@pytest.mark.parametrize("window", [(7, 7), (8, 8), (16, 17), (1, 3)])
+@pytest.mark.parametrize("head_dim", [1, 4, 31, 32, 64])
+def test_extension_sizes(window, head_dim, device, monkeypatch):
+    """Tokens and head_dim that do and do not fill vectors; every count of queries that is left over."""
+    use_extension(monkeypatch, device)
+    Case((9, 10), window, (0, 1), heads=2, head_dim=head_dim, batch=2).check(device)
+
+
+@pytest.mark.parametrize("strides", ["sliced", "permuted"])
+def test_extension_with_strides(strides, device, monkeypatch):
+    use_extension(monkeypatch, device)
+    case = Case((9, 12), shift=(3, 3), batch=3)
+    qkv, table, bias = case.tensors(device)
+    if strides == "sliced":
+        wide = torch.full((6, 11, 14, 3 * case.channels + 5), math.nan, device=device)
+        wide[::2, 1:10, 2:, 5:] = qkv
+        qkv = wide[::2, 1:10, 2:, 5:]
+    else:
+        qkv = qkv.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)
+        table = table.T.contiguous().T
+    case.check(device, [qkv, table, bias])
+
+
+def test_extension_keeps_windows_and_heads_apart(device, monkeypatch):
+    """What is not finite stays in its window and head, with padding, a mask and odd vectors around it."""
+    use_extension(monkeypatch, device)
+    case = Case((9, 12), shift=(3, 3), head_dim=12, batch=2, bias=False)
+    qkv, table, _ = case.tensors(device)
+    expected = case.ours(qkv, table, None)
+    spoiled = qkv.clone()
+    spoiled[1, 4, 5, 12:24] = math.nan  # queries of the second head
+    spoiled[1, 4, 5, 36:48] = math.inf  # its keys
+    spoiled[1, 4, 5, 60:72] = -math.inf  # its values
+    y = case.ours(spoiled, table, None)
+    different = (y != expected).any(0).any(2)
+    assert different.any() and not different[1:3].any() and not different[:, :3].any() and not different[:, 10:].any()
+    assert torch.equal(y[0], expected[0]) and torch.equal(y[..., :12], expected[..., :12])
+    assert y[1, 4, 5, 12:].isnan().all()
+
+
+def test_extension_does_not_depend_on_threads(monkeypatch):
+    use_extension(monkeypatch, "cpu")
+    case = Case((20, 23), shift=(3, 2), heads=3, batch=2)
+    tensors = case.tensors("cpu")
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(case.ours(*tensors))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"qkv": torch.zeros(1, 4, 4, 6, dtype=torch.float64)}, "qkv must be float32"),
+        ({"qkv": torch.zeros(1, 4, 4, 7)}, "qkv's last axis"),
+        ({"qkv": torch.zeros(1, 4, 6, 4).transpose(2, 3)}, "channels must lie side by side"),
+        ({"table": torch.zeros(8, 1)}, "relative_position_bias_table must have shape"),
+        ({"table": torch.zeros(9, 1, dtype=torch.int64)}, "relative_position_bias_table must be floating-point"),
+        ({"qkv_bias": torch.zeros(5)}, "qkv_bias must have shape"),
+        ({"shift_size": (2, 0)}, "shift of 2 and a window of 2"),
+    ],
+)
+def test_extension_checks_its_arguments(change, words):
+    """A second wall behind the op's checks: nothing reads outside of a tensor, whoever calls."""
+    arguments = {"qkv": torch.zeros(1, 4, 4, 6), "table": torch.zeros(9, 1), "qkv_bias": None, "num_heads": 1}
+    arguments |= {"window_size": (2, 2), "shift_size": (1, 1), "scale": 1.0, "pad_first": False, "mask_value": -100.0}
+    extension.load().window_attention(**arguments)
+    with pytest.raises(ValueError, match=words):
+        extension.load().window_attention(**(arguments | change))
+
+
 # ---- reference, empty batches, torch.library, compile ------------------------------------------------------------
 
 
@@ -425,12 +527,13 @@ def test_autocast(device, monkeypatch):
         ({"head_dim": 129}, "head_dim is 129; kernels take up to 128"),
     ],
 )
-def test_what_goes_to_the_reference(change, words, device, monkeypatch):
+def test_what_the_triton_kernels_leave_to_others(change, words, device, monkeypatch):
     case = dataclasses.replace(Case((4, 5), (4, 4), heads=1, bias=False), **change)
     case.check(device)
     for op in ("window_attention", "window_attention_backward"):
         choice = dispatch.last_choices()[op]
-        assert choice.backend == "torch" and any(words in reason for reason in choice.reasons)
+        assert choice.backend == EXTENSION[device] and any(words in reason for reason in choice.reasons)
+    monkeypatch.setenv("BBFAST_BACKEND", "triton")
     monkeypatch.setenv("BBFAST_STRICT", "1")
     with pytest.raises(dispatch.BackendUnavailableError, match=words):
         case.ours(*case.tensors(device))

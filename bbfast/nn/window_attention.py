@@ -10,6 +10,7 @@ from bbfast import ops
 from bbfast.nn._arguments import check_int, check_probability
 from bbfast.nn._relative_position import resize_relative_position_bias_table
 from bbfast.ops._common import pair
+from bbfast.ops.window_attention import explain_plain_attention
 from bbfast.reference.window_attention import Windows, relative_position_index
 
 MASK_VALUE = -100.0  # for pairs that only the shift brought together; a very large score still gets through
@@ -79,16 +80,15 @@ class WindowAttention(nn.Module):
             windows: `[B * nW, wh * ww, C]`, the windows of an image one after the other.
             mask: `[nW, wh * ww, wh * ww]`, added to the scores (query, key) of each window, or None.
         """
-        qkv = self.qkv(windows)
-        if mask is None and not self._drops_attention():
-            maps = qkv.unflatten(1, self.window_size)  # a map of one window each
-            y = self._fused(maps, shift_size=(0, 0), pad_order="shift_then_pad").flatten(1, 2)
-        else:
-            y = self._attend(qkv, mask)
+        if mask is not None or self._attn_drop_rate():
+            explain_plain_attention(windows, attn_drop=self._attn_drop_rate(), foreign_mask=mask is not None)
+            return self._forward_plainly(windows, mask)
+        maps = self.qkv(windows).unflatten(1, self.window_size)  # a map of one window each
+        y = self._fused(maps, shift_size=(0, 0), pad_order="shift_then_pad").flatten(1, 2)
         return self.proj_drop(self.proj(y))
 
-    def _drops_attention(self) -> bool:
-        return self.training and self.attn_drop.p > 0
+    def _attn_drop_rate(self) -> float:
+        return self.attn_drop.p if self.training else 0.0
 
     def _fused(self, qkv: torch.Tensor, *, shift_size: tuple[int, int], pad_order: str) -> torch.Tensor:
         return ops.window_attention(
@@ -102,17 +102,17 @@ class WindowAttention(nn.Module):
             pad_order=pad_order,
         )
 
-    def _attend(self, qkv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """With dropout or a mask of the caller's, which the op does not know; [B * nW, N, 3 A] to [B * nW, N, A]."""
-        count, tokens, _ = qkv.shape
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        index = relative_position_index(self.window_size, device=qkv.device)
+    def _forward_plainly(self, windows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """With dropout of weights or a mask of the caller's, which the op does not know."""
+        count, tokens, _ = windows.shape
+        q, k, v = self.qkv(windows).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        index = relative_position_index(self.window_size, device=windows.device)
         scores = (q * self.scale) @ k.transpose(2, 3) + self.relative_position_bias_table[index].permute(2, 0, 1)
         if mask is not None:
             by_image = scores.view(-1, len(mask), self.num_heads, tokens, tokens) + mask[:, None]
             scores = by_image.view(count, self.num_heads, tokens, tokens)
         weights = F.dropout(scores.softmax(3), self.attn_drop.p, self.training)
-        return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        return self.proj_drop(self.proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, window_size={self.window_size}"
@@ -160,15 +160,19 @@ class ShiftedWindowAttention(WindowAttention):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, H, W, C]` to the same shape; H and W need not be multiples of the window."""
-        if not self._drops_attention():
+        if not self._attn_drop_rate():
             y = self._fused(self.qkv(x), shift_size=self.shift_size, pad_order=self.pad_order)
             return self.proj_drop(self.proj(y))
-        # The op has no dropout of weights: cut, attend, put together.
+        # The op does not drop weights: cut, attend, put together.
+        explain_plain_attention(x, attn_drop=self._attn_drop_rate(), foreign_mask=False)
+        windows = ops.window_partition(x, self.window_size, self.shift_size, pad_order=self.pad_order)
+        windows = self._forward_plainly(windows, self._shift_mask(x))
+        return ops.window_reverse(windows, self.window_size, x.shape[1:3], self.shift_size, pad_order=self.pad_order)
+
+    def _shift_mask(self, x: torch.Tensor) -> torch.Tensor | None:
         windows = Windows(x.shape[1], x.shape[2], self.window_size, self.shift_size, self.pad_order)
         masked = windows.masked_pairs(x.device)
-        mask = None if masked is None else x.new_zeros(masked.shape).masked_fill_(masked, MASK_VALUE)
-        y, _ = windows.reverse(super().forward(windows.partition(x, None), mask))
-        return y
+        return None if masked is None else x.new_zeros(masked.shape).masked_fill_(masked, MASK_VALUE)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, shift_size={self.shift_size}, pad_order={self.pad_order!r}"

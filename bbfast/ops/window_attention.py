@@ -10,8 +10,8 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
-from bbfast import dispatch
-from bbfast.ops import _common
+from bbfast import dispatch, extension
+from bbfast.ops import _common, _windows
 from bbfast.reference.window_attention import window_attention as reference
 from bbfast.reference.window_attention import window_attention_backward as reference_backward
 
@@ -67,7 +67,7 @@ def _check_config(window_size, shift_size, scale, pad_order, mask_value):
 # ---- backends --------------------------------------------------------------------------------------------
 
 
-def _forward_unsupported_reasons(qkv, table, qkv_bias, num_heads, window_size, *_) -> list[str]:
+def _triton_unsupported_reasons(qkv, table, qkv_bias, num_heads, window_size, *_) -> list[str]:
     reasons = dispatch.triton_unavailable_reasons(qkv)
     for name, tensor in (("qkv", qkv), ("relative_position_bias_table", table), ("qkv_bias", qkv_bias)):
         if tensor is not None and tensor.dtype not in _common.KERNEL_DTYPES:
@@ -80,8 +80,8 @@ def _forward_unsupported_reasons(qkv, table, qkv_bias, num_heads, window_size, *
     return reasons
 
 
-def _backward_unsupported_reasons(grad_y, *args) -> list[str]:
-    return _forward_unsupported_reasons(*args)
+def _triton_backward_unsupported_reasons(grad_y, *args) -> list[str]:
+    return _triton_unsupported_reasons(*args)
 
 
 def _forward_triton(*args):
@@ -96,14 +96,57 @@ def _backward_triton(*args):
     return kernels.backward(*args)
 
 
-def _backward_reference(*args):
+def _forward_cpp(qkv, table, qkv_bias, *config):
+    parameters = [table] if qkv_bias is None else [table, qkv_bias]
+    one_precision = qkv.dtype == torch.float32 and all(t.dtype != torch.float64 for t in parameters)
+    if not one_precision or qkv.stride(3) != 1:
+        return _forward_copied(qkv, table, qkv_bias, *config)
+    *config, pad_order, mask_value = config
+    return extension.load().window_attention(qkv, table, qkv_bias, *config, pad_order == "pad_then_shift", mask_value)
+
+
+def _forward_copied(*args):
+    return reference(*args, windows_type=_windows.CopiedWindows)
+
+
+def _backward_copied(*args):
+    return _backward_reference(*args, windows_type=_windows.CopiedWindows)
+
+
+def _backward_reference(*args, **windows_type):
     *args, needs_table_grad, needs_bias_grad = args
-    grad_qkv, grad_table, grad_bias = reference_backward(*args)
+    grad_qkv, grad_table, grad_bias = reference_backward(*args, **windows_type)
     return grad_qkv, grad_table if needs_table_grad else None, grad_bias if needs_bias_grad else None
 
 
-_FORWARD_KERNELS = (dispatch.Backend("triton", _forward_unsupported_reasons, _forward_triton),)
-_BACKWARD_KERNELS = (dispatch.Backend("triton", _backward_unsupported_reasons, _backward_triton),)
+# "cuda" and "cpp" attend the old way, but the extension cuts the windows and puts them together, in one copy each. Only
+# float32 in the forward pass has a fused C++ kernel.
+_FORWARD_KERNELS = (
+    dispatch.Backend("triton", _triton_unsupported_reasons, _forward_triton),
+    dispatch.Backend("cuda", _windows.cuda_unsupported_reasons, _forward_copied),
+    dispatch.Backend("cpp", _windows.cpp_unsupported_reasons, _forward_cpp),
+)
+_BACKWARD_KERNELS = (
+    dispatch.Backend("triton", _triton_backward_unsupported_reasons, _backward_triton),
+    dispatch.Backend("cuda", _windows.cuda_unsupported_reasons, _backward_copied),
+    dispatch.Backend("cpp", _windows.cpp_unsupported_reasons, _backward_copied),
+)
+
+
+def explain_plain_attention(x: torch.Tensor, *, attn_drop: float, foreign_mask: bool) -> None:
+    """For layers that attend in plain torch, since the op knows neither dropout of weights nor foreign masks.
+
+    Raises:
+        BackendUnavailableError: `BBFAST_STRICT=1`.
+    """
+    if torch.compiler.is_compiling():  # a graph has no side effects
+        return
+    reasons = []
+    if attn_drop > 0:
+        reasons.append(f"attn_drop={attn_drop} in training; no backend drops attention weights")
+    if foreign_mask:
+        reasons.append("a mask was given; backends know the shift's own mask only")
+    dispatch.fall_back(OP, x, reasons)
 
 
 # ---- torch.library -----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from bbfast import dispatch, extension
-from bbfast.ops import _common
+from bbfast.ops import _common, _windows
 from bbfast.reference.window_partition import count_windows
 from bbfast.reference.window_partition import window_partition as reference_partition
 from bbfast.reference.window_partition import window_reverse as reference_reverse
@@ -53,27 +53,6 @@ def _check_pad_order(pad_order):
 # ---- backends --------------------------------------------------------------------------------------------
 
 
-# Ready-made, for one of them is asked for in every call.
-_NOT_ON_A_GPU = "the tensor is not on a GPU, which the extension's CUDA kernels need"
-_NOT_ON_THE_CPU = "the tensor is not on the CPU, where the extension's C++ kernels run"
-
-
-def _cuda_unsupported_reasons(x, *args) -> list[str]:
-    if not x.is_cuda:
-        return [_NOT_ON_A_GPU]
-    if unavailable := extension.unavailable_reason():
-        return [unavailable]
-    build = extension.load().build_info()
-    return [] if build["cuda"] else [f"bbfast._C was built without CUDA: {build['cuda_reason']}"]
-
-
-def _cpp_unsupported_reasons(x, *args) -> list[str]:
-    if not x.is_cpu:
-        return [_NOT_ON_THE_CPU]
-    unavailable = extension.unavailable_reason()
-    return [unavailable] if unavailable else []
-
-
 def _run_partition(x, window_size, shift_size, pad_order):
     return extension.load().window_partition(x, window_size, shift_size, pad_order == "pad_then_shift")
 
@@ -84,12 +63,12 @@ def _run_reverse(windows, window_size, image_size, shift_size, pad_order):
 
 
 _PARTITION_KERNELS = (
-    dispatch.Backend("cuda", _cuda_unsupported_reasons, _run_partition),
-    dispatch.Backend("cpp", _cpp_unsupported_reasons, _run_partition),
+    dispatch.Backend("cuda", _windows.cuda_unsupported_reasons, _run_partition),
+    dispatch.Backend("cpp", _windows.cpp_unsupported_reasons, _run_partition),
 )
 _REVERSE_KERNELS = (
-    dispatch.Backend("cuda", _cuda_unsupported_reasons, _run_reverse),
-    dispatch.Backend("cpp", _cpp_unsupported_reasons, _run_reverse),
+    dispatch.Backend("cuda", _windows.cuda_unsupported_reasons, _run_reverse),
+    dispatch.Backend("cpp", _windows.cpp_unsupported_reasons, _run_reverse),
 )
 
 

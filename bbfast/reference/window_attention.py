@@ -113,9 +113,13 @@ def window_attention(
     scale: float,
     pad_order: str,
     mask_value: float,
+    windows_type: type[Windows] = Windows,
 ) -> torch.Tensor:
-    """[B, H, W, 3C] -> [B, H, W, C]; softmax in fp32 (fp64 for fp64), all else in the tensors' dtypes."""
-    windows = Windows(qkv.shape[1], qkv.shape[2], tuple(window_size), tuple(shift_size), pad_order)
+    """[B, H, W, 3C] -> [B, H, W, C]; softmax in fp32 (fp64 for fp64), all else in the tensors' dtypes.
+
+    windows_type: cuts the map and puts it together.
+    """
+    windows = windows_type(qkv.shape[1], qkv.shape[2], tuple(window_size), tuple(shift_size), pad_order)
     q, k, v = _heads(windows.partition(qkv, qkv_bias), 3, num_heads)
     attention = _probabilities(q, k, relative_position_bias_table, windows, scale, mask_value)
     return windows.reverse(_channels((attention.to(v.dtype) @ v)[None]))[0]
@@ -132,9 +136,10 @@ def window_attention_backward(
     scale: float,
     pad_order: str,
     mask_value: float,
+    windows_type: type[Windows] = Windows,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of qkv [B, H, W, 3C], of the table and of qkv_bias [3C] (through the padding alone; in qkv's dtype)."""
-    windows = Windows(qkv.shape[1], qkv.shape[2], tuple(window_size), tuple(shift_size), pad_order)
+    windows = windows_type(qkv.shape[1], qkv.shape[2], tuple(window_size), tuple(shift_size), pad_order)
     q, k, v = _heads(windows.partition(qkv, qkv_bias), 3, num_heads)
     (grad_out,) = _heads(windows.partition(grad_y, None), 1, num_heads)
     attention = _probabilities(q, k, relative_position_bias_table, windows, scale, mask_value)
