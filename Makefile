@@ -23,7 +23,8 @@ lint: $(VENV)/.dev-installed
 	$(VENV)/bin/ruff format --check .
 
 bench: $(VENV)/.dev-installed
-	$(RUN) benchmarks/bench_mobilenetv3.py
+	$(RUN) benchmarks/bench_models.py --model mobilenetv3_large_100
+	$(RUN) benchmarks/bench_models.py --model swin_tiny_patch4_window7_224
 
 # Compiles kernels for GPUs that need not be here, which Triton's interpreter would prevent.
 kernels: $(VENV)/.dev-installed

@@ -287,6 +287,21 @@ def test_classify_real_photographs_with_the_default_model(capsys):
     assert [prediction["probability"] for prediction in best] == pytest.approx([0.951, 0.272], abs=2e-3)
 
 
+def test_classify_with_swin(photo, tmp_path, capsys, monkeypatch):
+    timm = pytest.importorskip("timm")
+    monkeypatch.setenv("BBFAST_BACKEND", "torch")  # the interpreter would take minutes
+    name, path = "swin_tiny_patch4_window7_224", tmp_path / "swin.pth"
+    original = timm.create_model(name).eval()
+    torch.save({"model": original.state_dict()}, path)
+    assert main(["classify", photo, "--model", name, "--checkpoint", str(path), "--json", "--device", "cpu"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["photos"]
+    transform = bbfast.data.create_transform(**bbfast.data.resolve_model_data_config(original))
+    with torch.inference_mode():
+        values, indices = original(transform(bbfast.data.load_photo(photo))[None]).softmax(-1)[0].topk(5)
+    assert [p["index"] for p in entry["predictions"]] == indices.tolist()
+    assert [p["probability"] for p in entry["predictions"]] == pytest.approx(values.tolist(), abs=1e-5)
+
+
 # ---- what goes wrong -------------------------------------------------------------------------------------
 
 

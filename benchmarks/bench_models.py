@@ -1,6 +1,7 @@
 """CPU inference of a whole model: timm eager, timm compiled and bbfast, interleaved in one run.
 
-    python benchmarks/bench_mobilenetv3.py --model mobilenetv3_large_100 --batch 8 --size 224 --threads 2
+    python benchmarks/bench_models.py --model mobilenetv3_large_100 --batch 8 --size 224 --threads 2
+    python benchmarks/bench_models.py --model swin_tiny_patch4_window7_224
 
 Prints the median and the quickest time of each provider, and how many times quicker it is than timm eager. Each
 round runs every provider once unmeasured and then measured, so that all see the same neighbours and none starts in
@@ -46,8 +47,14 @@ class Row:
 
 
 def randomise(model: nn.Module) -> None:
-    """Gives BatchNorm statistics and weights that a broken fusion cannot hide behind."""
+    """Gives norms and position biases values that a broken fusion cannot hide behind."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            nn.init.normal_(parameter)
     for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.1)
