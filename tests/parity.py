@@ -14,10 +14,10 @@ import bbfast
 TRAINING = {"num_classes": 7, "drop_path_rate": 0.3, "drop_rate": 0.2}
 
 
-def random_state(name: str, **arguments) -> dict[str, torch.Tensor]:
+def random_state(name: str, library=bbfast, **arguments) -> dict[str, torch.Tensor]:
     """Random values for every parameter and buffer, so that no block hides behind a zero or a one."""
     state = {}
-    for key, like in bbfast.create_model(name, device="meta", **arguments).state_dict().items():
+    for key, like in library.create_model(name, device="meta", **arguments).state_dict().items():
         if key.endswith("num_batches_tracked"):
             value = torch.tensor(0)
         elif key.endswith("running_var"):

@@ -2,6 +2,7 @@
 
 from bbfast.models import efficientnet, mobilenetv3, swin_transformer
 from bbfast.models._factory import create_model
+from bbfast.models._features import FeatureDictNet, FeatureInfo, FeatureListNet
 from bbfast.models._pretrained import PretrainedCfg, load_checkpoint
 from bbfast.models._registry import (
     get_pretrained_cfg,
@@ -13,6 +14,9 @@ from bbfast.models._registry import (
 )
 
 __all__ = [
+    "FeatureDictNet",
+    "FeatureInfo",
+    "FeatureListNet",
     "PretrainedCfg",
     "create_model",
     "efficientnet",

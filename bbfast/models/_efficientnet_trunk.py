@@ -123,24 +123,13 @@ class EfficientNetTrunk(nn.Module):
         return features.contiguous() if x.is_contiguous() else features
 
     def _forward_trunk(self, x: torch.Tensor) -> torch.Tensor:
-        self._check_input(x)
-        x = conv_bn_act(self.conv_stem, self.bn1, to_inference_layout(x))
+        x = apply_stem(self.conv_stem, self.bn1, x)
         if not self.grad_checkpointing or not torch.is_grad_enabled():
             return self.blocks(x)
         for stage in self.blocks:
             for block in stage:
                 x = checkpoint(block, x, use_reentrant=False)
         return x
-
-    def _check_input(self, x) -> None:
-        """Says in the model's words what the first op would say in its own; that op checks the rest."""
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-        weight = self.conv_stem.weight
-        if x.dim() != 4 or x.shape[1] != weight.shape[1]:
-            raise ValueError(f"x must have shape [N, {weight.shape[1]}, H, W], got {tuple(x.shape)}")
-        if x.device != weight.device:
-            raise ValueError(f"x is on {x.device} but the model is on {weight.device}; move one of them")
 
     def _make_classifier(self, num_classes: int) -> nn.Module:
         """A classifier of head_hidden_size inputs, placed and typed as the stem is."""
@@ -149,6 +138,25 @@ class EfficientNetTrunk(nn.Module):
             return nn.Identity()
         weight = self.conv_stem.weight
         return nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
+
+
+def apply_stem(conv: nn.Conv2d, bn: BatchNormAct2d, x: torch.Tensor) -> torch.Tensor:
+    """`act(bn(conv(x)))` of images, as one op.
+
+    Says in the model's words what that op would say of x in its own; the op checks the rest.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    channels = conv.weight.shape[1]
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(f"x must have shape [N, {channels}, H, W], got {tuple(x.shape)}")
+    if x.device != conv.weight.device:
+        raise ValueError(f"x is on {x.device} but the model is on {conv.weight.device}; move one of them")
+    return conv_bn_act(conv, bn, to_inference_layout(x))
+
+
+# How these families become feature extractors; see `register_variants`.
+FEATURE_CFG = {"fused": {("conv_stem", "bn1"): apply_stem}}
 
 
 def pretrained_cfg(size: int = 224, *, test_size: int | None = None, weights: bool = True, **facts) -> PretrainedCfg:

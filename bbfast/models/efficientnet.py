@@ -21,7 +21,7 @@ from bbfast.models._efficientnet_blocks import (
     round_channels,
 )
 from bbfast.models._efficientnet_builder import BN_EPS_TF, BlockArgs, decode_arch_def, init_weights
-from bbfast.models._efficientnet_trunk import EfficientNetTrunk, pretrained_cfg
+from bbfast.models._efficientnet_trunk import FEATURE_CFG, EfficientNetTrunk, pretrained_cfg
 from bbfast.models._factory import register_variants
 from bbfast.models._pool import GlobalPool2d
 from bbfast.models._pretrained import HALF_MEAN_STD
@@ -294,6 +294,6 @@ def _scaled(scales: dict[str, tuple[float, float]]) -> dict[str, dict]:
     return variants
 
 
-register_variants(_mobilenet_v2, PRETRAINED_CFGS, _MOBILENET_V2_VARIANTS)
-register_variants(_efficientnet, PRETRAINED_CFGS, _scaled(_SCALES))
-register_variants(_efficientnet_lite, PRETRAINED_CFGS, _scaled(_LITE_SCALES))
+register_variants(_mobilenet_v2, PRETRAINED_CFGS, _MOBILENET_V2_VARIANTS, FEATURE_CFG)
+register_variants(_efficientnet, PRETRAINED_CFGS, _scaled(_SCALES), FEATURE_CFG)
+register_variants(_efficientnet_lite, PRETRAINED_CFGS, _scaled(_LITE_SCALES), FEATURE_CFG)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from bbfast.models._efficientnet_blocks import SqueezeExcite, create_conv2d, resolve_act, round_channels
 from bbfast.models._efficientnet_builder import BN_EPS_TF, BlockArgs, decode_arch_def, init_weights
-from bbfast.models._efficientnet_trunk import EfficientNetTrunk, pretrained_cfg
+from bbfast.models._efficientnet_trunk import FEATURE_CFG, EfficientNetTrunk, pretrained_cfg
 from bbfast.models._factory import register_variants
 from bbfast.models._pool import GlobalPool2d
 from bbfast.models._pretrained import HALF_MEAN_STD, UNIT_MEAN_STD
@@ -226,5 +226,7 @@ _VARIANTS = {
     },
 }
 
-register_variants(_mobilenet_v3, PRETRAINED_CFGS, _VARIANTS)
-register_variants(_mobilenet_v3_rw, PRETRAINED_CFGS, {"mobilenetv3_rw": {"head_bias": False, "bn_eps": BN_EPS_TF}})
+register_variants(_mobilenet_v3, PRETRAINED_CFGS, _VARIANTS, FEATURE_CFG)
+register_variants(
+    _mobilenet_v3_rw, PRETRAINED_CFGS, {"mobilenetv3_rw": {"head_bias": False, "bn_eps": BN_EPS_TF}}, FEATURE_CFG
+)

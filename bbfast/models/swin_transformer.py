@@ -7,7 +7,8 @@ state_dict keys are timm's. Maps are `[B, H, W, C]` from the patch embedding to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -395,14 +396,18 @@ class SwinTransformer(nn.Module):
             stage.set_input_size(self._stage_input(index), windows[index], always_partition)
             self.feature_info[index]["reduction"] = max(self.patch_embed.patch_size) * 2**index
 
-    def adapt_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`state_dict` of other versions, windows or patch sizes as this model's; see `_swin_weights`."""
+    @property
+    def adapt_state_dict(self) -> Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        """Function that turns a state_dict of other versions, windows or patch sizes into this model's.
+
+        See `_swin_weights`. It does not hold the model, so that a feature extractor can keep it.
+        """
         tables = {
             f"{name}.relative_position_bias_table": module.window_size
             for name, module in self.named_modules()
             if isinstance(module, WindowAttention)
         }
-        return adapt_state_dict(state_dict, patch_size=self.patch_embed.patch_size, window_sizes=tables)
+        return partial(adapt_state_dict, patch_size=self.patch_embed.patch_size, window_sizes=tables)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether blocks recompute their activations in the backward pass instead of keeping them."""
@@ -533,4 +538,4 @@ _VARIANTS = {
     "swin_s3_base_224": {"window_size": (7, 7, 14, 7), **_SMALL, "depths": (2, 2, 30, 2)},
 }
 
-register_variants(SwinTransformer, PRETRAINED_CFGS, _VARIANTS)
+register_variants(SwinTransformer, PRETRAINED_CFGS, _VARIANTS, {"flatten_sequential": True})
