@@ -1,11 +1,12 @@
-"""`window_attention` against timm's eager path, SDPA, compiled flex_attention and torch.compile, on a GPU.
+"""`window_attention` against timm's eager path, SDPA, compiled flex_attention and torch.compile.
 
     pytest benchmarks/bench_window_attention.py --benchmark-only
 
 Swin-T's stages 1 to 4 at batch 128 and Swin-B-384's stages 1 and 4 at batch 32, in bfloat16, forward and forward with
-backward. Each benchmark's extra_info holds its peak memory beyond its inputs, what its tensors must move at least (qkv
-and y; with gradients those too), the resulting GB/s and, for the kernels, the largest difference to eager in fp32. A
-provider that cannot run a shape fails with its own error rather than silently.
+backward, on a GPU; without one Swin-T's stages at batch 8 in float32, forward only, against eager and SDPA. Each
+benchmark's extra_info holds its peak memory beyond its inputs (on a GPU), what its tensors must move at least (qkv and
+y; with gradients those too), the resulting GB/s and, for the kernels, their backend and the largest difference to eager
+in fp32. A provider that cannot run a shape fails with its own error rather than silently.
 """
 
 import pytest
@@ -28,6 +29,10 @@ SHAPES = {
     "swin_base 384 stage 4": (32, 12, 1024, 32, 12, 0),
 }
 PROVIDERS = ("eager", "compile", "sdpa efficient", "sdpa math", "flex", "kernels")
+CPU_PROVIDERS = ("eager", "sdpa math", "kernels")
+CPU_BATCH = 8
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
 class Attention:
@@ -37,11 +42,11 @@ class Attention:
         self.heads, self.window, self.shift = heads, (window, window), (shift, shift)
         self.scale = (channels // heads) ** -0.5
         self.windows = Windows(size, size, self.window, self.shift, "shift_then_pad")
-        self.index = relative_position_index(self.window, torch.device("cuda"))
-        self.masked = self.windows.masked_pairs(torch.device("cuda"))
-        self.qkv = torch.randn(batch, size, size, 3 * channels, device="cuda", dtype=torch.bfloat16)
-        self.table = torch.randn((2 * window - 1) ** 2, heads, device="cuda", dtype=torch.bfloat16)
-        self.grad_y = torch.randn(batch, size, size, channels, device="cuda", dtype=torch.bfloat16)
+        self.index = relative_position_index(self.window, DEVICE)
+        self.masked = self.windows.masked_pairs(DEVICE)
+        self.qkv = torch.randn(batch, size, size, 3 * channels, device=DEVICE, dtype=DTYPE)
+        self.table = torch.randn((2 * window - 1) ** 2, heads, device=DEVICE, dtype=DTYPE)
+        self.grad_y = torch.randn(batch, size, size, channels, device=DEVICE, dtype=DTYPE)
 
     def kernels(self, qkv, table):
         config = {"num_heads": self.heads, "window_size": self.window, "shift_size": self.shift}
@@ -85,7 +90,7 @@ class Attention:
 
 def _provider(name, attention, monkeypatch):
     if name == "kernels":
-        reasons = dispatch.triton_unavailable_reasons(attention.qkv)
+        reasons = dispatch.triton_unavailable_reasons(attention.qkv) if DEVICE.type == "cuda" else []
         if reasons:
             pytest.skip("; ".join(reasons))
         monkeypatch.setenv("BBFAST_STRICT", "1")
@@ -110,9 +115,12 @@ def _provider(name, attention, monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_window_attention(benchmark, provider, shape, backward, monkeypatch):
-    if not torch.cuda.is_available():
-        pytest.skip("window_attention is timed on a GPU only; torch.cuda.is_available() is False")
-    attention = Attention(*SHAPES[shape])
+    batch, *rest = SHAPES[shape]
+    if DEVICE.type == "cpu":
+        if backward or provider not in CPU_PROVIDERS or not shape.startswith("swin_tiny"):
+            pytest.skip("timed on a GPU only; torch.cuda.is_available() is False")
+        batch = CPU_BATCH
+    attention = Attention(batch, *rest)
     function = _provider(provider, attention, monkeypatch)
     leaves = [tensor.requires_grad_(backward) for tensor in (attention.qkv, attention.table)]
 
@@ -120,24 +128,29 @@ def test_window_attention(benchmark, provider, shape, backward, monkeypatch):
         y = function(*leaves)
         if backward:
             torch.autograd.grad(y, leaves, attention.grad_y)
-        torch.cuda.synchronize()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
 
     benchmark.group = f"window_attention {shape} {'with backward' if backward else 'forward'}"
     run()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    peak = torch.cuda.max_memory_allocated() - before
+    if DEVICE.type == "cuda":
+        benchmark.extra_info["peak_mib"] = _peak_bytes(run) / 2**20
     benchmark.pedantic(run, rounds=30, iterations=1, warmup_rounds=5)
 
     qkv_bytes, y_bytes = attention.qkv.nbytes, attention.grad_y.nbytes
     moved = qkv_bytes + y_bytes + (2 * qkv_bytes + y_bytes if backward else 0)
-    # No statistics where --benchmark-disable is set.
-    median_s = benchmark.stats.stats.median if benchmark.stats else None
-    benchmark.extra_info |= {"peak_mib": peak / 2**20, "moved_bytes": moved}
-    if median_s:
-        benchmark.extra_info["gbps"] = moved / median_s / 1e9
+    benchmark.extra_info["moved_bytes"] = moved
+    if benchmark.stats:  # there are none where --benchmark-disable is set
+        benchmark.extra_info["gbps"] = moved / benchmark.stats.stats.median / 1e9
     if provider == "kernels":
+        benchmark.extra_info["backend"] = dispatch.last_choices()["window_attention"].backend
         with torch.no_grad():
             exact = attention.eager(attention.qkv.float(), attention.table.float())
             benchmark.extra_info["max_error"] = (function(*leaves).float() - exact).abs().max().item()
+
+
+def _peak_bytes(run):
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - before
