@@ -1,6 +1,6 @@
 """The static kernel report: compiles the Triton kernels as their launchers would launch them, without a GPU.
 
-    python -m benchmarks.kernels [--arch 80 90 100] [--set NAME ...] [--json FILE] [--check]
+    python -m benchmarks.kernels [--arch 80 90 100] [--set NAME ...] [--case TEXT ...] [--json FILE] [--check]
 
 Launchers run on meta tensors with their kernels replaced by recorders, so what is compiled is what a real launch of
 that shape compiles: the same heuristics, constants and specialisations (1, multiples of 16, None). Registers, shared
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -543,12 +543,12 @@ def _compile_case(name: str, index: int, archs: tuple[int, ...]) -> list[Report]
     return found
 
 
-def reports(name: str, archs: tuple[int, ...]) -> list[Report]:
-    """Compiles a whole set, two processes at a time."""
-    count = len(list(cases(name)))
+def reports(name: str, archs: tuple[int, ...], texts: Sequence[str] = ("",)) -> list[Report]:
+    """Compiles the cases of a set whose description holds one of the texts, several processes at a time."""
+    indices = [i for i, (description, _) in enumerate(cases(name)) if any(text in description for text in texts)]
     workers = min(os.cpu_count() or 1, 8)
     with ProcessPoolExecutor(workers) as pool:
-        futures = [pool.submit(_compile_case, name, index, archs) for index in range(count)]
+        futures = [pool.submit(_compile_case, name, index, archs) for index in indices]
         progress = track(futures, f"compiling {name}", console=Console(stderr=True), disable=not sys.stderr.isatty())
         return [report for future in progress for report in future.result()]
 
@@ -607,6 +607,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m benchmarks.kernels")
     parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities, e.g. 80 90 100")
     parser.add_argument("--set", nargs="+", default=list(SETS[:3]), dest="sets")
+    parser.add_argument(
+        "--case", nargs="+", default=[""], dest="texts", metavar="TEXT", help="only cases described with one of these"
+    )
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
     parser.add_argument("--check", action="store_true", help="exit 1 on spills, narrow accesses or halos above 1.15")
     options = parser.parse_args(argv)
@@ -616,7 +619,9 @@ def main(argv: list[str] | None = None) -> int:
         if name not in SETS:
             parser.error(f"--set {name!r} is not known; allowed: {', '.join(SETS)}")
 
-    rows = [report for name in options.sets for report in reports(name, tuple(options.arch))]
+    rows = [report for name in options.sets for report in reports(name, tuple(options.arch), options.texts)]
+    if not rows:
+        parser.error(f"--case {' '.join(options.texts)} describes no case of {', '.join(options.sets)}")
     print_table(rows)
     if options.json:
         versions = {"torch": torch.__version__, "triton": triton.__version__}

@@ -32,6 +32,17 @@ def assert_within_rule(
     assert our_error <= allowed, f"{name}: error {our_error:.3g} > {allowed:.3g} (torch's own error {torch_error:.3g})"
 
 
+def check_op(op, args: tuple, *, traced: bool = True) -> None:
+    """`torch.library.opcheck`. Tracing by AOTAutograd takes most of its time and sees the op's fake, not the backend.
+
+    Args:
+        traced: False leaves that part out, for a backend after the first: mutated inputs, the autograd registration,
+            and the fake's shapes, dtypes and strides beside the real ones are checked all the same.
+    """
+    every_backend = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op, args, **({} if traced else {"test_utils": every_backend}))
+
+
 def poison_new_empty(monkeypatch) -> None:
     """Makes `Tensor.new_empty` hand out NaN, so that an output that a kernel does not write shows."""
     new_empty = torch.Tensor.new_empty

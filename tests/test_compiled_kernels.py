@@ -16,28 +16,43 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def _check(tmp_path, sets, archs):
+def _check(tmp_path, sets, archs, cases=("",)):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     output = tmp_path / "kernels.json"
     command = [sys.executable, "-m", "benchmarks.kernels", "--check", "--json", output]
-    command += ["--set", *sets, "--arch", *map(str, archs)]
+    command += ["--set", *sets, "--arch", *map(str, archs), "--case", *cases]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(output.read_text())["reports"]
 
 
-def test_mobilenetv3_layers(tmp_path):
-    reports = _check(tmp_path, ["mobilenetv3"], [80, 90, 100])
+def _check_mobilenetv3(reports, archs):
     forwards = [report for report in reports if report["kernel"] == "forward_kernel"]
-    assert {report["arch"] for report in forwards} == {80, 90, 100} and len(forwards) == 36
+    assert {report["arch"] for report in forwards} == set(archs) and len(forwards) == 12 * len(archs)
     for report in forwards:
         assert any(opcode.startswith("LDG.E") and opcode.endswith(".128") for opcode in report["opcodes"]), report
         assert any(opcode.startswith("STG.E") and opcode.endswith(".128") for opcode in report["opcodes"]), report
         assert report["halo"] <= 1.15, report
 
 
-def test_training_kernels(tmp_path):
-    reports = _check(tmp_path, ["training"], [90])
+def test_mobilenetv3_layers(tmp_path):
+    _check_mobilenetv3(_check(tmp_path, ["mobilenetv3"], [90]), [90])
+
+
+@pytest.mark.slow
+def test_mobilenetv3_layers_on_other_architectures(tmp_path):
+    _check_mobilenetv3(_check(tmp_path, ["mobilenetv3"], [80, 100]), [80, 100])
+
+
+# Each kernel of a training step, in both layouts and, where there is a choice of dtype, once in each.
+TRAINING = (
+    *("training 672x14x14", "k7 s1 gelu bf16 NCHW", "frozen", "add_layer_norm"),
+    *("batch_norm_act 256x56x56 bf16 NHWC", "batch_norm_act 256x56x56 fp32 NCHW"),
+    *("drop_path_add 96x56x56 bf16 NHWC", "drop_path_add 96x56x56 fp32 NCHW"),
+)
+
+
+def _check_training(reports):
     names = {report["kernel"] for report in reports}
     assert {"statistics_kernel", "conv_grad_kernel", "input_grad_kernel", "weight_grad_kernel"} <= names
 
@@ -48,6 +63,10 @@ def test_training_kernels(tmp_path):
         stores = {opcode for opcode in report["opcodes"] if opcode.startswith("STG")}
         assert "STG.E.128" in stores and stores <= {"STG.E.128", "STG.E"}, report
         assert any(opcode.startswith("LDG.E") and opcode.endswith(".128") for opcode in report["opcodes"]), report
+
+
+def test_training_kernels(tmp_path):
+    _check_training(_check(tmp_path, ["training"], [90], TRAINING))
 
 
 def _check_attention(reports):
@@ -71,6 +90,11 @@ def test_window_attention_kernels(tmp_path):
 @pytest.mark.slow
 def test_window_attention_kernels_of_other_architectures(tmp_path):
     _check_attention(_check(tmp_path, ["window_attention"], [80, 100]))
+
+
+@pytest.mark.slow
+def test_training_kernels_of_more_shapes(tmp_path):
+    _check_training(_check(tmp_path, ["training"], [90]))
 
 
 @pytest.mark.slow

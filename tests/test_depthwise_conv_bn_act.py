@@ -13,7 +13,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_within_rule, poison_new_empty
+from numerics import assert_within_rule, check_op, poison_new_empty
 
 from bbfast import dispatch, nn
 from bbfast.ops import depthwise_conv_bn_act as op
@@ -168,20 +168,28 @@ def test_kernels_half_precision(dtype, channels_last, device, on_kernels):
     Case((2, 16, 7, 6), act="hardswish", squeeze=True, dtype=dtype, channels_last=channels_last).run(device)
 
 
-@pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    "channels_last, stride",
+    [
+        (True, 1),
+        (False, 2),
+        pytest.param(True, 2, marks=pytest.mark.slow),
+        pytest.param(False, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_kernels_cut_into_many_programs(channels_last, stride, device, on_kernels, monkeypatch):
     """Several tiles along T, splits of S, channel tiles, image groups and row groups, all with tails."""
     choose = kernels.choose_config
+    along_t, along_s = (5, 6) if stride == 1 else (6, 9)  # outputs: two tiles and two splits, the last ones not full
 
     def small(kernel, **shape):
-        tile_s = 2 * stride
         return dataclasses.replace(
-            choose(kernel, **shape), block_t=4, block_c=16, tile_s=tile_s, span=2 * tile_s, images=2, rows=2
+            choose(kernel, **shape), block_t=4 // stride, block_c=16, tile_s=2 * stride, span=4, images=2, rows=2
         )
 
     monkeypatch.setattr(kernels, "choose_config", small)
-    Case((3, 17, 5, 6), stride=(stride, stride), squeeze=True, channels_last=channels_last).run(device)
+    size = (along_t, along_s) if channels_last else (along_s, along_t)
+    Case((3, 17, *size), stride=(stride, stride), squeeze=True, channels_last=channels_last).run(device)
 
 
 @pytest.mark.parametrize(
@@ -352,18 +360,15 @@ def test_opcheck(backend, permuted, device, monkeypatch):
     weight, bias = torch.randn(3, 1, 3, 3, device=device), torch.randn(3, device=device)
     vectors = [torch.rand(3, device=device) + 0.5 for _ in range(4)]
     geometry = ((2, 1), (1, 1, 0, 1), (1, 1))
-    namespace = torch.ops.bbfast
-    torch.library.opcheck(
-        namespace.depthwise_conv_bn_act.default, (x, weight, bias, *vectors, *geometry, 1e-5, "silu", True)
-    )
-    torch.library.opcheck(
-        namespace.depthwise_conv_bn_act_train.default, (x, weight, None, *vectors, *geometry, 0.1, 1e-5, "relu", False)
-    )
-    y = namespace.depthwise_conv_bn_act(x, weight, bias, *vectors, *geometry, 1e-5, "silu", True)[0]
+    ops, traced = torch.ops.bbfast, backend == "torch"
+    args = (x, weight, bias, *vectors, *geometry, 1e-5, "silu", True)
+    check_op(ops.depthwise_conv_bn_act.default, args, traced=traced)
+    args = (x, weight, None, *vectors, *geometry, 0.1, 1e-5, "relu", False)
+    check_op(ops.depthwise_conv_bn_act_train.default, args, traced=traced)
+    y = ops.depthwise_conv_bn_act(x, weight, bias, *vectors, *geometry, 1e-5, "silu", True)[0]
     tensors = (torch.randn_like(y), None, x, weight, bias, *vectors[:2], None, None, *vectors[2:])
-    torch.library.opcheck(
-        namespace.depthwise_conv_bn_act_backward.default, (*tensors, *geometry, False, 1e-5, "silu", True, False)
-    )
+    args = (*tensors, *geometry, False, 1e-5, "silu", True, False)
+    check_op(ops.depthwise_conv_bn_act_backward.default, args, traced=traced)
 
 
 @pytest.mark.parametrize("training", [True, False])

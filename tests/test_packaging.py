@@ -71,8 +71,9 @@ def copy_source_tree(target: Path) -> Path:
     return target
 
 
-def build_wheel(tree: Path, target: Path) -> Path:
-    succeed(run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", target, ".", cwd=tree))
+def build_wheel(tree: Path, target: Path, **environment: str) -> Path:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", target, "."]
+    succeed(run(*command, cwd=tree, **environment))
     (wheel,) = target.glob("bbfast-*.whl")
     return wheel
 
@@ -96,14 +97,31 @@ def sdist_tree(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheel_from_sdist(sdist_tree) -> Path:
-    return build_wheel(sdist_tree, sdist_tree.parent)
+def hasty_compiler(sdist_tree) -> str:
+    """The C++ compiler without its optimiser, which takes half of the time and changes nothing that is tested here.
+
+    The installation under test was compiled from the same sources with setup.py's own options.
+    """
+    script = sdist_tree.parent / "c++"
+    script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.fixture(scope="session")
+def wheel_from_sdist(sdist_tree, hasty_compiler) -> Path:
+    return build_wheel(sdist_tree, sdist_tree.parent, CXX=hasty_compiler)
+
+
+@pytest.fixture(scope="session")
+def installation(wheel_from_sdist) -> Path:
+    return unpack(wheel_from_sdist, wheel_from_sdist.parent / "site")
 
 
 @pytest.fixture
-def installed(wheel_from_sdist, tmp_path) -> Path:
+def installed(installation, tmp_path) -> Path:
     """A folder with the wheel's packages, free to be damaged."""
-    return unpack(wheel_from_sdist, tmp_path / "site")
+    return shutil.copytree(installation, tmp_path / "site")
 
 
 def check_imports(folder: Path, cwd: Path) -> None:
@@ -138,10 +156,11 @@ def test_wheel_from_the_source_tree(tmp_path):
 
 
 @needs_build_tools
-def test_editable_install(wheel_from_sdist, sdist_tree, tmp_path):
+def test_editable_install(wheel_from_sdist, sdist_tree, hasty_compiler, tmp_path):
     tree = sdist_tree  # the wheel left its objects there, so nothing is compiled again
     options = ["--no-build-isolation", "--no-deps", "--ignore-installed", "--prefix", tmp_path]
-    succeed(run(sys.executable, "-m", "pip", "install", *options, "--editable", tree, cwd=tmp_path))
+    command = [sys.executable, "-m", "pip", "install", *options, "--editable", tree]
+    succeed(run(*command, cwd=tmp_path, CXX=hasty_compiler))
     (finder,) = tmp_path.glob("**/__editable__*.pth")
     # First on the path: an outer editable install has a finder module of the same name.
     code = f"import site; site.addsitedir({str(finder.parent)!r}){IMPORT_ALL}"
