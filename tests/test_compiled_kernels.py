@@ -81,6 +81,8 @@ def _check_attention(reports):
         if report["arch"] == 90:
             assert any(opcode.startswith("HGMMA") for opcode in report["opcodes"]), report
         assert report["arch"] == 100 or report["per_output"] <= 30, report
+        # 3C read and C written per token, besides the bias.
+        assert report["traffic_bytes"] <= 1.05 * report["least_bytes"] + report["bias_bytes"], report
 
 
 def test_window_attention_kernels(tmp_path):
@@ -105,3 +107,8 @@ def test_training_kernels_of_other_architectures(tmp_path):
 @pytest.mark.slow
 def test_sweep(tmp_path):
     _check(tmp_path, ["sweep"], [80, 90, 100])
+
+
+@pytest.mark.slow
+def test_window_attention_sweep(tmp_path):
+    _check(tmp_path, ["window_attention_sweep"], [80, 90, 100])

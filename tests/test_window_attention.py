@@ -208,8 +208,13 @@ CASES = {
     "several tiles, two heads": Case((11, 3), (11, 6), (4, 3), heads=2),
     "several tiles, padded first": Case((5, 13), (12, 8), (6, 3), heads=1, pad_order="pad_then_shift"),
     "half precision": Case((9, 12), shift=(3, 3), heads=1, dtype=torch.float16),
+    "half precision, padded first": Case(
+        (9, 12), shift=(3, 3), heads=1, pad_order="pad_then_shift", dtype=torch.float16
+    ),
     "half precision, several tiles": Case((9, 5), (9, 8), (4, 3), heads=1, dtype=torch.float16),
     "mask of minus infinity": Case((14, 7), shift=(3, 0), heads=1, mask_value=-math.inf),
+    # The first tile of 32 keys holds none that the last queries may see.
+    "mask of minus infinity, several tiles": Case((12, 8), (12, 8), (4, 0), heads=1, mask_value=-math.inf),
 }
 
 
@@ -383,6 +388,45 @@ def test_only_outputs_are_large(window, tokens, device, monkeypatch):
         beyond_outputs.append(shapes)
     # The expanded bias of forward and of backward, the partial sums of its gradient, the table's gradient.
     assert beyond_outputs[0] == beyond_outputs[1] and len(beyond_outputs[0]) == 4
+
+
+@pytest.mark.parametrize("window", [(7, 7), (9, 8)])
+def test_forward_moves_each_element_once(window, device, monkeypatch):
+    """Counted at every load and store: q is read once, k and v once per tile of queries, y is written once."""
+    if device != "cpu":
+        pytest.skip("only Triton's interpreter lets loads be counted")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from bbfast.triton_kernels import window_attention as kernels
+
+    use_kernels(monkeypatch, device)
+    load, store, loaded, stored = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store, [], []
+
+    def counted_load(self, ptrs, mask, *args):
+        loaded.append(torch.from_numpy(ptrs.data[mask.data].astype("int64")))
+        return load(self, ptrs, mask, *args)
+
+    def counted_store(self, ptrs, value, mask, *args):
+        stored.append(torch.from_numpy(ptrs.data[mask.data].astype("int64")))
+        return store(self, ptrs, value, mask, *args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
+    case = Case((11, 10), window, (3, 4), heads=2)
+    qkv, table, bias = case.tensors(device)
+    y = kernels.forward(qkv, table, bias, case.heads, window, case.shift, 0.25, case.pad_order, case.mask_value)
+
+    def times(addresses, tensor):
+        """How often each element is among the addresses."""
+        index = (torch.cat(addresses) - tensor.data_ptr()) // tensor.element_size()
+        index = index[(index >= 0) & (index < tensor.numel())]
+        return torch.bincount(index, minlength=tensor.numel()).view(tensor.shape)
+
+    reads = times(loaded, qkv)
+    query_tiles = kernels.forward_tile(window[0] * window[1], case.head_dim, case.dtype).query_tiles
+    assert (query_tiles == 1) == (window == (7, 7))
+    assert (reads[..., : case.channels] == 1).all() and (reads[..., case.channels :] == query_tiles).all()
+    assert (times(stored, y) == 1).all()
 
 
 def _not_on_maps(name):

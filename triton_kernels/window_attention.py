@@ -7,7 +7,7 @@ Trips of the large tensors through memory:
 
 Neither probabilities nor their row sums are kept between the two. In windows of one tile, 4 bytes per token and head
 written and read would save a few instructions on scores that backward has in registers anyway; in larger windows they
-would save backward one sweep over the scores, but only together with y, which nothing else here keeps.
+would save about a tenth of backward's instructions, but only together with y, which nothing else here keeps.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from .window_attention_kernels import (
 # that share one load of the bias.
 FORWARD_PROGRAMS = 32
 MOST_WINDOWS = 8
+# The most registers with which three programs of four warps fit a multiprocessor.
+THREE_PROGRAMS_REGISTERS = 168
 # Programs per multiprocessor in backward, where each leaves a partial sum of the bias gradient.
 BACKWARD_PROGRAMS = 8
 
@@ -78,32 +80,76 @@ def _row_bytes(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     return block_d, block_d * dtype.itemsize
 
 
-def forward_tile(tokens: int, head_dim: int, dtype: torch.dtype) -> Tile:
+def forward_tile(tokens: int, head_dim: int, dtype: torch.dtype, vectors: bool = True) -> Tile:
     """One tile up to 64 tokens; beyond, 64 queries against key tiles of 32, or of 64 where those fill up no more.
 
-    head_dim is padded to a power of two. Rows too long for registers (fp32, head_dim 128) go in tiles of 32 by 32.
+    head_dim is padded to a power of two. Rows too long for registers go in tiles of 32 by 32: fp32 heads of more
+    than 32 channels, and all such where vectors cannot load them (`vectors` False) and each element takes an address.
     """
     block_d, row_bytes = _row_bytes(head_dim, dtype)
-    if row_bytes > 256 and tokens > 32:
-        return _tiles(tokens, 32, 32, block_d, num_warps=4)
-    if tokens <= 64:
-        block = max(16, triton.next_power_of_2(tokens))
-        return _tiles(tokens, block, block, block_d, num_warps=4 if block == 64 else 1)
-    return _tiles(tokens, 64, 64 if tokens % 64 == 0 else 32, block_d, num_warps=4)
+    short = row_bytes <= 64
+    if tokens <= 32:
+        return _small_tile(tokens, block_d, row_bytes, dtype, num_warps=(1 if short else 2) * (1 if vectors else 4))
+    if dtype == torch.float32:
+        block = 64 if tokens <= 64 and row_bytes <= 128 else 32
+        return _tiles(tokens, block, block, block_d, num_warps=8, num_stages=1)
+    if not (short or vectors):
+        return _tiles(tokens, 32, 32, block_d, num_warps=8, num_stages=1)
+    if tokens > 64 and row_bytes > 128:
+        return _tiles(tokens, 64, 32, block_d, num_warps=8, num_stages=1)
+    block_k = 64 if tokens <= 64 or tokens % 64 == 0 else 32
+    return _tiles(tokens, 64, block_k, block_d, 4 if vectors else 8, num_stages=2 if row_bytes <= 128 else 1)
 
 
-def backward_tile(tokens: int, head_dim: int, dtype: torch.dtype) -> Tile:
+def _forward_registers(tile: Tile, capability: tuple[int, int]) -> int:
+    """Three programs per multiprocessor where they do not spill; else a named limit keeps ptxas from spilling at 32."""
+    fits = tile.block_q == 64 and tile.block_d <= 32 and tile.num_warps == 4 and capability[0] != 10
+    large = tile.block_k == 64 and tile.key_tiles > 1
+    return THREE_PROGRAMS_REGISTERS if fits and not large else MAX_REGISTERS
+
+
+def backward_tile(
+    tokens: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    vectors: bool = True,
+    padded: bool = False,
+    capability: tuple[int, int] = (9, 0),
+) -> Tile:
     """One tile up to 64 tokens where rows are short enough for its registers; else tiles of 32 by 32.
 
-    Small tiles are less padding (144 tokens are 4.5 of them but 2.25 of 64) and two warps share one.
+    Small tiles are less padding (144 tokens are 4.5 of them but 2.25 of 64) and two warps share one. They are 16 by 16
+    where every element of a long row takes an address (`vectors` False). Sums over the padding of a map (`padded`) take
+    registers too, and so do products whose operands are not read from shared memory (all but sm_90 and sm_100).
     """
     block_d, row_bytes = _row_bytes(head_dim, dtype)
+    short = row_bytes <= 64
     if tokens <= 32:
-        return forward_tile(tokens, head_dim, dtype)
-    if tokens <= 64 and block_d <= 64:
-        stages = 1 if dtype == torch.float32 else 2
-        return _tiles(tokens, 64, 64, block_d, num_warps=4 if row_bytes <= 64 else 8, num_stages=stages)
-    return _tiles(tokens, 32, 32, block_d, num_warps=2 if row_bytes <= 64 else 4)
+        return _small_tile(tokens, block_d, row_bytes, dtype, num_warps=(2 if short else 4) if vectors else 8)
+    if tokens <= 64 and row_bytes <= 128 and vectors:
+        if dtype == torch.float32:
+            block = 32 if padded else 64
+            return _tiles(tokens, block, block, block_d, num_warps=8, num_stages=1)
+        if capability[0] == 9:
+            return _tiles(tokens, 64, 64, block_d, num_warps=4 if short else 8)
+        if capability[0] == 10:
+            return _tiles(tokens, 64, 64, block_d, num_warps=8 if padded or not short else 4, num_stages=1)
+        if short and not padded:
+            return _tiles(tokens, 64, 64, block_d, num_warps=4, num_stages=1)
+    if not vectors and block_d > (32 if dtype == torch.float32 else 64):
+        return _tiles(tokens, 16, 16, block_d, num_warps=8, num_stages=1)
+    if dtype == torch.float32 or row_bytes > 128:
+        return _tiles(tokens, 32, 32, block_d, num_warps=8, num_stages=1)
+    num_warps, num_stages = (2 if short else 4, 2) if vectors else (4 if short else 8, 1)
+    return _tiles(tokens, 32, 32, block_d, num_warps, num_stages)
+
+
+def _small_tile(tokens: int, block_d: int, row_bytes: int, dtype: torch.dtype, num_warps: int) -> Tile:
+    """A window of up to 32 tokens in one tile; `num_warps` in half precision."""
+    block = 16 if tokens <= 16 else 32
+    if dtype == torch.float32:
+        return _tiles(tokens, block, block, block_d, num_warps=4 if block == 16 else 8, num_stages=1)
+    return _tiles(tokens, block, block, block_d, num_warps=num_warps)
 
 
 @dataclass(frozen=True)
@@ -165,6 +211,11 @@ def _windows_per_program(device: torch.device, windows: int, programs_per_window
     return max(1, min(most, windows * programs_per_window // (processors * programs_wanted)))
 
 
+def device_capability(x: torch.Tensor) -> tuple[int, int]:
+    """Compute capability of x's GPU; Hopper's for tensors elsewhere (interpreted, or compiled and not run)."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+
+
 def _on_device(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
@@ -194,7 +245,7 @@ def forward(
         y `[B, H, W, C]`, contiguous, in qkv's dtype; besides it only the bias matrices are allocated.
     """
     walked = _map(qkv, num_heads, window_size, shift_size, pad_order)
-    tile = forward_tile(window_size[0] * window_size[1], walked.head_dim, qkv.dtype)
+    tile = forward_tile(window_size[0] * window_size[1], walked.head_dim, qkv.dtype, _loads_vectors(qkv))
     y = qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
     with _on_device(qkv):
         bias = _expand_bias(table, window_size, tile)
@@ -203,7 +254,7 @@ def forward(
         _window_attention_forward_kernel[(triton.cdiv(walked.windows, walk) * programs,)](
             qkv,
             bias,
-            _fill(qkv_bias, walked),
+            _fill(qkv, qkv_bias, walked),
             y,
             walked.windows,
             walk,
@@ -217,13 +268,19 @@ def forward(
             **tile.constants(),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            maxnreg=_forward_registers(tile, device_capability(qkv)),
         )
     return y
 
 
-def _fill(qkv_bias: torch.Tensor | None, walked: _Map) -> torch.Tensor | None:
-    """What padding holds; None where there is none or it holds zeros."""
-    return qkv_bias.contiguous() if qkv_bias is not None and walked.padded else None
+def _loads_vectors(*tensors: torch.Tensor) -> bool:
+    """Whether rows of a head load 16 bytes at a time: by the compiler's rule, strides that are multiples of 16."""
+    return all(t.stride(3) == 1 and all(stride % 16 == 0 for stride in t.stride()[:3]) for t in tensors)
+
+
+def _fill(qkv: torch.Tensor, qkv_bias: torch.Tensor | None, walked: _Map) -> torch.Tensor | None:
+    """What padding holds, in qkv's dtype; None where there is none or it holds zeros."""
+    return qkv_bias.to(qkv.dtype).contiguous() if qkv_bias is not None and walked.padded else None
 
 
 def backward(
@@ -246,14 +303,22 @@ def backward(
     in its dtype and qkv_bias's, which is that of the padding alone, in fp32.
     """
     walked = _map(qkv, num_heads, window_size, shift_size, pad_order)
-    tile = backward_tile(window_size[0] * window_size[1], walked.head_dim, qkv.dtype)
+    tile = backward_tile(
+        window_size[0] * window_size[1],
+        walked.head_dim,
+        qkv.dtype,
+        vectors=_loads_vectors(qkv, grad_y),
+        padded=walked.padded and needs_bias_grad,
+        capability=device_capability(qkv),
+    )
     grad_qkv = qkv.new_empty(qkv.shape)
     with _on_device(qkv):
         bias = _expand_bias(table, window_size, tile)
-        tensors = (grad_y, qkv, bias, _fill(qkv_bias, walked))
+        tensors = (grad_y, qkv, bias, _fill(qkv, qkv_bias, walked))
         strides = (walked.geometry, grad_y.stride(), qkv.stride())
         grad_strides = grad_qkv.stride()[:3]
         options = {**walked.constants, **tile.constants(), "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        options["maxnreg"] = MAX_REGISTERS
 
         def walk(tiles: int) -> tuple[int, int, int]:
             """(programs, parts that the windows are cut into, windows of a part) where a window has `tiles` tiles."""
@@ -280,7 +345,6 @@ def backward(
                 *tensors, grad_qkv, bias_partials, padding_partials, *sizes, **options
             )
         else:
-            options["maxnreg"] = MAX_REGISTERS
             # Per query the logarithm of its scores' sum and the sum of probabilities times their gradients.
             row_sums = qkv.new_empty((walked.windows, num_heads, 2, tile.rows), dtype=torch.float32)
             programs, parts, each = walk(tile.query_tiles)

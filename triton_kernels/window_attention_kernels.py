@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Where running maxima start: finite, as the first tile of keys may hold none that a query may see.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -112,16 +114,16 @@ def _offsets(sample, pixel, strides):
 
 @triton.jit
 def _load_tokens(ptr, offsets, inside, channel, stride, fill_ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[tokens, BLOCK_D] of one head from channel `channel` on; padding takes `fill_ptr`'s values (None: zeros)."""
+    """[tokens, BLOCK_D] of one head from channel `channel` on; padding reads `fill_ptr` instead (None: zeros)."""
     dim = tl.arange(0, BLOCK_D)
+    ptrs = ptr + offsets[:, None] + ((channel + dim).to(tl.int64) * stride)[None, :]
     mask = inside[:, None]
+    if fill_ptr is not None:
+        ptrs = tl.where(mask, ptrs, (fill_ptr + channel + dim)[None, :])
+        mask = tl.full((1, BLOCK_D), True, tl.int1)
     if HEAD_DIM != BLOCK_D:
         mask = mask & (dim < HEAD_DIM)[None, :]
-    x = tl.load(ptr + offsets[:, None] + ((channel + dim).to(tl.int64) * stride)[None, :], mask=mask, other=0.0)
-    if fill_ptr is not None:
-        fill = tl.load(fill_ptr + channel + dim, mask=dim < HEAD_DIM, other=0.0).to(x.dtype)
-        x = tl.where(inside[:, None], x, fill[None, :])
-    return x
+    return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -232,7 +234,7 @@ def _window_attention_forward_kernel(
             total = tl.sum(p, 1)
             out = tl.dot(p.to(v.dtype), v, input_precision="ieee")
         else:
-            top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+            top = tl.full((BLOCK_Q,), LOWEST, tl.float32)
             total = tl.zeros((BLOCK_Q,), tl.float32)
             out = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
             for key_tile in range(KEY_TILES):
@@ -263,12 +265,26 @@ def _window_attention_forward_kernel(
 
 
 @triton.jit
-def _padding_sum(sum_so_far, grad, place, token, inside, geometry, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
+def _axis_has_padding(first, size, length, padded, roll, PAD_FIRST: tl.constexpr):
+    """Whether any of `size` positions of the rolled and padded axis from `first` on is padding."""
+    if PAD_FIRST:
+        first += roll
+        return ((first + size > length) & (first < padded)) | (first + size > padded + length)
+    return first + size > length
+
+
+@triton.jit
+def _padding_sum(
+    sum_so_far, grad, place, inside, geometry, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, PAD_FIRST: tl.constexpr
+):
     """Adds the gradients [tokens, BLOCK_D] of a window's padding to [BLOCK_D].
 
     Tokens beyond the window have gradients of exactly zero, since their probabilities are.
     """
-    if tl.sum(((token < WINDOW_H * WINDOW_W) & (inside == 0)).to(tl.int32), 0) > 0:
+    height, width, down, across, roll_h, roll_w = geometry
+    rows = _axis_has_padding(place[1] * WINDOW_H, WINDOW_H, height, down * WINDOW_H, roll_h, PAD_FIRST)
+    columns = _axis_has_padding(place[2] * WINDOW_W, WINDOW_W, width, across * WINDOW_W, roll_w, PAD_FIRST)
+    if rows | columns:
         sum_so_far += tl.sum(tl.where(inside[:, None], 0.0, grad), 0)
     return sum_so_far
 
@@ -348,18 +364,18 @@ def _window_attention_backward_kernel(
         grad_scores = p * (grad_p - tl.sum(p * grad_p, 1)[:, None])
         if bias_partials_ptr is not None:
             bias_sum += grad_scores
-        ds = grad_scores.to(q.dtype)
-        grad_v = tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision="ieee")
-        grad_q = tl.dot(ds, k, input_precision="ieee") * scale
-        grad_k = tl.dot(tl.trans(ds), q, input_precision="ieee") * scale
-
         offsets = _offsets(place[0], (y, x), grad_qkv_strides)
-        _store_tokens(grad_qkv_ptr, grad_q, offsets, inside, channel, HEAD_DIM, BLOCK_D)
-        _store_tokens(grad_qkv_ptr, grad_k, offsets, inside, channels + channel, HEAD_DIM, BLOCK_D)
+        grad_v = tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision="ieee")
         _store_tokens(grad_qkv_ptr, grad_v, offsets, inside, 2 * channels + channel, HEAD_DIM, BLOCK_D)
         if padding_partials_ptr is not None:
-            k_sum = _padding_sum(k_sum, grad_k, place, token, inside, geometry, WINDOW_H, WINDOW_W)
-            v_sum = _padding_sum(v_sum, grad_v, place, token, inside, geometry, WINDOW_H, WINDOW_W)
+            v_sum = _padding_sum(v_sum, grad_v, place, inside, geometry, WINDOW_H, WINDOW_W, PAD_FIRST)
+        ds = grad_scores.to(q.dtype)
+        grad_q = tl.dot(ds, k, input_precision="ieee") * scale
+        _store_tokens(grad_qkv_ptr, grad_q, offsets, inside, channel, HEAD_DIM, BLOCK_D)
+        grad_k = tl.dot(tl.trans(ds), q, input_precision="ieee") * scale
+        _store_tokens(grad_qkv_ptr, grad_k, offsets, inside, channels + channel, HEAD_DIM, BLOCK_D)
+        if padding_partials_ptr is not None:
+            k_sum = _padding_sum(k_sum, grad_k, place, inside, geometry, WINDOW_H, WINDOW_W, PAD_FIRST)
     if bias_partials_ptr is not None:
         partial = (part * heads + head).to(tl.int64) * (BLOCK_Q * BLOCK_Q)
         tl.store(bias_partials_ptr + partial + bias_offsets, bias_sum)
@@ -368,9 +384,13 @@ def _window_attention_backward_kernel(
 
 
 # Windows of several tiles, first of three kernels. Tile: BLOCK_Q queries of one head against KEY_TILES tiles of
-# BLOCK_K keys, twice: a sweep for the rows' log-sum-exp and sum(P dP), another for dq. Reads q and dy once, k and v
-# through the caches; writes dq, and 8 bytes per token and head of row sums for the other two. Registers: one tile of
-# scores and of dP, dq.
+# BLOCK_K keys, in one sweep. Reads q and dy once, k and v through the caches; writes dq, and 8 bytes per token and head
+# of row sums for the other two: the log-sum-exp and m = sum(P dP). Registers: one tile of scores and of dP, and two
+# accumulators [BLOCK_Q, BLOCK_D].
+#
+# dq = sum P (dP - m) k needs m, which is known only at the end. So m runs along as the softmax's maximum does: it is
+# the mean of dP over the keys so far, and where it changes, sum P (dP - m) k is set right by means of sum P k. Leaving
+# m out until the end would cancel digits, above all where one key takes all of the probability.
 @triton.jit
 def _window_attention_query_grad_kernel(
     grad_ptr,
@@ -417,9 +437,11 @@ def _window_attention_query_grad_kernel(
         offsets = _offsets(place[0], (y, x), grad_strides)
         grad = _load_tokens(grad_ptr, offsets, inside, channel, grad_strides[3], None, HEAD_DIM, BLOCK_D)
 
-        top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+        top = tl.full((BLOCK_Q,), LOWEST, tl.float32)
         total = tl.zeros((BLOCK_Q,), tl.float32)
         row_sum = tl.zeros((BLOCK_Q,), tl.float32)
+        k_sum = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+        grad_q = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
         for key_tile in range(KEY_TILES):
             keys = key_tile * BLOCK_K + key
             ky, kx, key_inside = _token_place(place, keys, geometry, WINDOW_H, WINDOW_W, PAD_FIRST)
@@ -434,29 +456,19 @@ def _window_attention_query_grad_kernel(
             shrink = tl.exp2(top - new_top)
             p = tl.exp2(scores * LOG2_E - new_top[:, None])
             grad_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
-            total = total * shrink + tl.sum(p, 1)
-            row_sum = row_sum * shrink + tl.sum(p * grad_p, 1)
-            top = new_top
-        log_sum = top + tl.log2(total)
-        row_sum = row_sum / total
-        row_sums_ptrs = row_sums_ptr + (tl.cast(window, tl.int64) * heads + head) * (2 * ROWS) + query
-        tl.store(row_sums_ptrs, log_sum)
-        tl.store(row_sums_ptrs + ROWS, row_sum)
-
-        grad_q = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-        for key_tile in range(KEY_TILES):
-            keys = key_tile * BLOCK_K + key
-            ky, kx, key_inside = _token_place(place, keys, geometry, WINDOW_H, WINDOW_W, PAD_FIRST)
-            offs = _offsets(place[0], (ky, kx), qkv_strides)
-            k = _load_tokens(qkv_ptr, offs, key_inside, channels + channel, stride, fill_ptr, HEAD_DIM, BLOCK_D)
-            v = _load_tokens(qkv_ptr, offs, key_inside, 2 * channels + channel, stride, fill_ptr, HEAD_DIM, BLOCK_D)
-            bias = tl.load(bias_ptrs + key_tile * BLOCK_K)
-            scores = _scores(
-                q, k, bias, scale, mask_value, place, query, keys, geometry, SHIFT_H, SHIFT_W, WINDOW_H, WINDOW_W
-            )
-            p = tl.exp2(scores * LOG2_E - log_sum[:, None])
-            grad_scores = p * (tl.dot(grad, tl.trans(v), input_precision="ieee") - row_sum[:, None])
+            new_total = total * shrink + tl.sum(p, 1)
+            # A total of visible keys is at least 1, that of the largest of them.
+            new_row_sum = (row_sum * (total * shrink) + tl.sum(p * grad_p, 1)) / tl.maximum(new_total, 1.0)
+            k_sum *= shrink[:, None]
+            grad_q = grad_q * shrink[:, None] + (row_sum - new_row_sum)[:, None] * k_sum
+            grad_scores = p * (grad_p - new_row_sum[:, None])
+            k_sum = tl.dot(p.to(k.dtype), k, k_sum, input_precision="ieee")
             grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision="ieee")
+            top, total, row_sum = new_top, new_total, new_row_sum
+        row_sums_ptrs = row_sums_ptr + (tl.cast(window, tl.int64) * heads + head) * (2 * ROWS) + query
+        tl.store(row_sums_ptrs, top + tl.log2(total))
+        tl.store(row_sums_ptrs + ROWS, row_sum)
+        grad_q = grad_q / total[:, None]
         offsets = _offsets(place[0], (y, x), grad_qkv_strides)
         _store_tokens(grad_qkv_ptr, grad_q * scale, offsets, inside, channel, HEAD_DIM, BLOCK_D)
 
@@ -536,8 +548,8 @@ def _window_attention_key_grad_kernel(
         _store_tokens(grad_qkv_ptr, grad_k, offsets, inside, channels + channel, HEAD_DIM, BLOCK_D)
         _store_tokens(grad_qkv_ptr, grad_v, offsets, inside, 2 * channels + channel, HEAD_DIM, BLOCK_D)
         if padding_partials_ptr is not None:
-            k_sum = _padding_sum(k_sum, grad_k, place, key, inside, geometry, WINDOW_H, WINDOW_W)
-            v_sum = _padding_sum(v_sum, grad_v, place, key, inside, geometry, WINDOW_H, WINDOW_W)
+            k_sum = _padding_sum(k_sum, grad_k, place, inside, geometry, WINDOW_H, WINDOW_W, PAD_FIRST)
+            v_sum = _padding_sum(v_sum, grad_v, place, inside, geometry, WINDOW_H, WINDOW_W, PAD_FIRST)
     if padding_partials_ptr is not None:
         row = part * KEY_TILES + tile
         _store_padding_sums(padding_partials_ptr, row, k_sum, v_sum, channels, channel, HEAD_DIM, BLOCK_D)
