@@ -235,10 +235,16 @@ class RowTile:
     num_warps: int
 
 
-def row_tile(channels: int, unit: int, reducing: bool) -> RowTile:
-    """2048 elements by 4 warps, half of them where elements are loaded one by one or sums live beside the values."""
+def row_tile(channels: int, unit: int, reducing: bool, scaled: bool) -> RowTile:
+    """2048 elements by 4 warps, fewer where registers hold more than values: more would spill.
+
+    Half of them where elements are loaded one by one, or where sums (`reducing`) or a layer scale (`scaled`) live
+    beside the values; a quarter where many short rows are summed.
+    """
     block_c = triton.next_power_of_2(channels)
-    elements = 2048 if unit >= 4 and not reducing else 1024
+    elements = 2048 if unit >= 4 and not (reducing or scaled) else 1024
+    if reducing and block_c <= 32:
+        elements = 512
     return RowTile(max(1, elements // block_c), block_c, 8 if reducing and block_c > 1024 else 4)
 
 
@@ -275,7 +281,7 @@ def forward(
     mean = rstd = None
     if keep_statistics:
         mean, rstd = (residual.new_empty(residual.shape[:-1], dtype=torch.float32) for _ in range(2))
-    walk = _Walk(residual, (residual, branch), reducing=False)
+    walk = _Walk(residual, (residual, branch), reducing=False, scaled=layer_scale is not None)
     with torch.cuda.device(norm.device) if norm.is_cuda else nullcontext():
         _add_layer_norm_forward_kernel[(walk.programs,)](
             *walk.tensors,
@@ -327,7 +333,7 @@ def backward(
     scaled = grad_branch is not None and layer_scale is not None
     tensors = (grad_total, grad_norm, total, branch if scaled else None)
     affine_partials = scale_partials = None
-    walk = _Walk(total, tensors, reducing=affine_grads or scaled)
+    walk = _Walk(total, tensors, reducing=affine_grads or scaled, scaled=scaled)
     with torch.cuda.device(total.device) if total.is_cuda else nullcontext():
         if affine_grads:
             affine_partials = new_empty((walk.programs, 2 * channels), dtype=torch.float32)
@@ -362,7 +368,7 @@ class _Walk:
         programs: how many programs share the tiles; fewer where each leaves partials (`reducing`).
     """
 
-    def __init__(self, like: torch.Tensor, tensors: tuple, *, reducing: bool):
+    def __init__(self, like: torch.Tensor, tensors: tuple, *, reducing: bool, scaled: bool):
         self.channels = like.shape[-1]
         self.rows = like.numel() // self.channels
         self.sample_rows = self.rows // like.shape[0]
@@ -370,7 +376,7 @@ class _Walk:
         self.tensors = [tensor for tensor, _ in spaced]
         self.strides = [stride for _, stride in spaced]
         self.unit = next(u for u in (8, 4, 2, 1) if all(size % u == 0 for size in (self.channels, *self.strides)))
-        self.tile = row_tile(self.channels, self.unit, reducing)
+        self.tile = row_tile(self.channels, self.unit, reducing, scaled)
         self.tiles = triton.cdiv(self.rows, self.tile.block_r)
         programs = (REDUCING_PROGRAMS if reducing else ELEMENTWISE_PROGRAMS) * multiprocessors(like.device)
         if reducing:

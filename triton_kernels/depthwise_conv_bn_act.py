@@ -118,9 +118,13 @@ def choose_config(
     # Per thread and column or tap up to 8 registers: TILE_S accumulators, kernel_s taps, and what the epilogue needs,
     # which is most for conv_grad. NCHW has fewer lanes, but an address and a mask for each; Ampere needs a few more.
     strided = stride[1] > 1
-    narrow = kernel_s > 7 or (kernel == "conv_grad" and (strided or kernel_s > 3))
-    if kernel == "statistics" and strided:
-        narrow = narrow or capability < (9, 0) or (kernel_s > 3 and not channels_last)
+    many_addresses = strided and kernel_s > 3 and not channels_last
+    narrow = (
+        kernel_s > 7
+        or (kernel == "conv_grad" and (strided or kernel_s > 3))
+        or (kernel == "statistics" and (many_addresses or (strided and capability < (9, 0))))
+        or (kernel == "forward" and many_addresses and capability >= (10, 0))
+    )
     tile_s = 4 if narrow else 7
     rows = 1
     if kernel == "input_grad" and stride[1] > 1:
