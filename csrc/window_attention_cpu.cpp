@@ -27,6 +27,9 @@ namespace {
 constexpr int ROWS = 6;
 constexpr int VECTORS = 2;
 
+// A window of 2^20 pixels a side, far from any use, keeps the products below 2^63.
+constexpr int64_t MAX_WINDOW = 1 << 20;
+
 // Scores that lie this far below their row's largest have no weight: exp would leave the normal numbers.
 constexpr float FAR_BELOW = -87.0f;
 
@@ -363,9 +366,9 @@ at::Tensor window_attention_cpu(
   check_qkv(qkv, num_heads);
   for (const int axis : {0, 1}) {
     TORCH_CHECK_VALUE(
-        window_size[axis] >= 1 && shift_size[axis] >= 0 && shift_size[axis] < window_size[axis],
-        "window_size and shift_size must keep 0 <= shift < window, got a shift of ", shift_size[axis], " and a window of ",
-        window_size[axis]);
+        shift_size[axis] >= 0 && shift_size[axis] < window_size[axis] && window_size[axis] <= MAX_WINDOW,
+        "window_size and shift_size must keep 0 <= shift < window <= ", MAX_WINDOW, ", got a shift of ",
+        shift_size[axis], " and a window of ", window_size[axis]);
   }
   const int64_t table_rows = (2 * window_size[0] - 1) * (2 * window_size[1] - 1);
   const at::Tensor bias_table = parameter("relative_position_bias_table", table, {table_rows, num_heads});

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
+from filelock import FileLock  # torch depends on it
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = (
@@ -28,8 +29,6 @@ print(bbfast.triton_kernels.__file__)
 print(extension.load().__file__)
 print(extension.load().build_info()["cuda_reason"])
 """
-# One worker runs these, so that what is built is built once.
-pytestmark = pytest.mark.xdist_group("packaging")
 needs_build_tools = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("pip", "build", "ninja", "wheel")),
     reason="needs pip, build, ninja and wheel",
@@ -86,36 +85,58 @@ def unpack(wheel: Path, target: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sdist_tree(tmp_path_factory) -> Path:
-    """An unpacked sdist: only what it ships is there to build from."""
-    work = tmp_path_factory.mktemp("sdist")
-    tree = copy_source_tree(work / "tree")
-    succeed(run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", work, tree, cwd=work))
-    (sdist,) = work.glob("bbfast-*.tar.gz")
-    shutil.unpack_archive(sdist, work)
-    return work / sdist.name.removesuffix(".tar.gz")
+def workshop(tmp_path_factory) -> Path:
+    """A folder with an unpacked sdist `source`, a compiler `c++`, and the wheel that was built of both.
 
-
-@pytest.fixture(scope="session")
-def hasty_compiler(sdist_tree) -> str:
-    """The C++ compiler without its optimiser, which takes half of the time and changes nothing that is tested here.
-
-    The installation under test was compiled from the same sources with setup.py's own options.
+    The compiler leaves its optimiser out, which takes half of the time and changes nothing that is tested here: the
+    installation under test was compiled from the same sources with setup.py's own options. Whichever worker of
+    pytest-xdist comes first builds for all.
     """
-    script = sdist_tree.parent / "c++"
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "packaging"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not list(folder.glob("bbfast-*.whl")):
+            unpack_sdist(copy_source_tree(folder / "tree"), folder)
+            write_hasty_compiler(folder / "c++")
+            build_wheel(folder / "source", folder, CXX=str(folder / "c++"))
+    return folder
+
+
+def unpack_sdist(tree: Path, folder: Path) -> None:
+    """Builds a sdist of `tree` and unpacks it as `source`: only what it ships is there to build from."""
+    succeed(run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, tree, cwd=folder))
+    (sdist,) = folder.glob("bbfast-*.tar.gz")
+    shutil.unpack_archive(sdist, folder)
+    (folder / sdist.name.removesuffix(".tar.gz")).rename(folder / "source")
+
+
+def write_hasty_compiler(script: Path) -> None:
     script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
     script.chmod(0o755)
-    return str(script)
 
 
 @pytest.fixture(scope="session")
-def wheel_from_sdist(sdist_tree, hasty_compiler) -> Path:
-    return build_wheel(sdist_tree, sdist_tree.parent, CXX=hasty_compiler)
+def sdist_tree(workshop) -> Path:
+    return workshop / "source"
 
 
 @pytest.fixture(scope="session")
-def installation(wheel_from_sdist) -> Path:
-    return unpack(wheel_from_sdist, wheel_from_sdist.parent / "site")
+def hasty_compiler(workshop) -> str:
+    return str(workshop / "c++")
+
+
+@pytest.fixture(scope="session")
+def wheel_from_sdist(workshop) -> Path:
+    (wheel,) = workshop.glob("bbfast-*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="session")
+def installation(wheel_from_sdist, tmp_path_factory) -> Path:
+    return unpack(wheel_from_sdist, tmp_path_factory.mktemp("installation") / "site")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import bbfast
 from bbfast import dispatch
@@ -105,6 +106,7 @@ def test_training_agrees(name):
         ({"img_size": 96, "window_size": (4, 8)}, [(96, 96)]),
         ({"img_size": 96, "window_size": [(4, 8), 6, 3, 2]}, [(96, 96)]),
         ({"img_size": 90, "patch_size": 5}, [(90, 90)]),
+        ({"img_size": (55, 70)}, [(55, 70)]),  # patches leave pixels over
         ({"img_size": 64, "head_dim": 12, "qkv_bias": False, "mlp_ratio": (2.0, 3.0, 4.0, 1.5)}, [(64, 64)]),
         ({"img_size": 64, "in_chans": 1, "global_pool": "catavgmax"}, [(64, 64)]),
         ({"img_size": 64, "num_classes": 0, "global_pool": ""}, [(64, 64)]),
@@ -263,6 +265,16 @@ def test_checkpoint_of_another_window(tmp_path):
         torch.testing.assert_close(ours.state_dict()[key], value, rtol=1e-5, atol=1e-5)
 
 
+def test_a_file_of_the_same_window_loads_as_it_is(tmp_path):
+    """Its tables have as many rows as those of a square window would: 3 x 27 and 9 x 9."""
+    arguments = {**SHALLOW, "img_size": 112, "window_size": (2, 14)}
+    state = random_state(TINY, **arguments)
+    torch.save(state, tmp_path / "swin.pth")
+    loaded = bbfast.create_model(TINY, checkpoint_path=tmp_path / "swin.pth", **arguments).state_dict()
+    assert state["layers.0.blocks.0.attn.relative_position_bias_table"].shape[0] == 81
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
 # ---- life of a model -------------------------------------------------------------------------------------
 
 
@@ -351,13 +363,18 @@ def test_copies_and_layouts_compute_the_same():
 
 
 def test_inference_compiles_for_any_size():
-    arguments = {"dynamic_img_size": True, **SHALLOW, "depths": (2,), "num_heads": (1,)}
+    """One graph, whether a map's sides are even or odd before patches are merged."""
+    arguments = {"dynamic_img_size": True, **SHALLOW, "depths": (2, 1), "num_heads": (1, 2)}
     state = random_state(TINY, **arguments)
     model, compiled = (make(bbfast, TINY, state, torch.float64, **arguments) for _ in range(2))
-    compiled.compile(fullgraph=True, dynamic=True, backend="aot_eager")
-    for size in ((64, 96), (92, 60)):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled.compile(fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for size in ((64, 96), (92, 60), (68, 72), (72, 68)):
         x = torch.randn(2, 3, *size)
         assert_same(forward(compiled, x), forward(model, x))
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1, counts
 
 
 def test_training_compiles_without_graph_breaks():
@@ -370,6 +387,25 @@ def test_training_compiles_without_graph_breaks():
 
 def test_empty_batch():
     assert bbfast.create_model(TINY, img_size=64, **SHALLOW).eval()(torch.randn(0, 3, 64, 64)).shape == (0, 5)
+
+
+class Wrapped(nn.Module):
+    """As adapters and quantization do it: a module in the place of a linear layer, without its attributes."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def test_qkv_may_be_replaced():
+    layer, x = bbfast.nn.ShiftedWindowAttention(32, 2, shift_size=3).eval(), torch.randn(1, 9, 12, 32)
+    nn.init.normal_(layer.qkv.bias)
+    expected = layer(x)
+    layer.qkv = Wrapped(layer.qkv)
+    torch.testing.assert_close(layer(x), expected)
 
 
 # ---- bad arguments ---------------------------------------------------------------------------------------
@@ -388,6 +424,19 @@ def test_empty_batch():
         ({"global_pool": "median"}, ValueError, "global_pool='median'"),
         ({"num_classes": -1}, ValueError, "num_classes=-1"),
         ({"img_size": "large"}, TypeError, "img_size"),
+        ({"img_size": 3}, ValueError, "img_size=3 is not allowed; it must be at least patch_size=4"),
+        ({"window_size": 7.0}, TypeError, "window_size must be an int"),
+        ({"num_heads": 4}, TypeError, "num_heads must be a tuple"),
+        ({"depths": 2}, TypeError, "depths must be a tuple"),
+        ({"depths": (), "num_heads": ()}, ValueError, "depths must not be empty"),
+        ({"depths": (2, 2, 6, -1)}, ValueError, "depths=-1"),
+        ({"embed_dim": "a"}, TypeError, "embed_dim must be an int"),
+        ({"head_dim": 0}, ValueError, "head_dim=0"),
+        ({"mlp_ratio": -1.0}, ValueError, r"mlp_ratio=-1\.0"),
+        ({"mlp_ratio": 0.001}, ValueError, r"mlp_ratio=0\.001 leaves no hidden channel"),
+        ({"attn_drop_rate": -1}, ValueError, "attn_drop_rate=-1"),
+        ({"always_partition": "maybe"}, TypeError, "always_partition must be a bool"),
+        ({"strict_img_size": 1}, TypeError, "strict_img_size must be a bool"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, message):
@@ -407,3 +456,59 @@ def test_bad_arguments_are_named(arguments, error, message):
 def test_bad_inputs_are_named(arguments, x, error, message):
     with pytest.raises(error, match=message):
         bbfast.create_model(TINY, **{**SHALLOW, **arguments})(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"img_size": "a", "patch_size": 8}, TypeError, "img_size"),
+        ({"img_size": (1, 2, 3), "patch_size": 8}, ValueError, "img_size"),
+        ({"img_size": 4, "patch_size": 8}, ValueError, "img_size=4 is not allowed"),
+        ({"patch_size": 128}, ValueError, "at least patch_size=128"),
+        ({"img_size": 128, "window_size": "7"}, TypeError, "window_size"),
+        ({"img_size": 128, "window_ratio": 0}, ValueError, "window_ratio=0"),
+        ({"img_size": 128, "always_partition": 1}, TypeError, "always_partition"),
+    ],
+    ids=str,
+)
+def test_refused_sizes_change_nothing(change, error, message):
+    arguments = {"img_size": 64, **SHALLOW}
+    model, x = make(bbfast, TINY, random_state(TINY, **arguments), **arguments).eval(), torch.randn(1, 3, 64, 64)
+    expected = forward(model, x)
+    with pytest.raises(error, match=message):
+        model.set_input_size(**change)
+    assert torch.equal(forward(model, x), expected)
+
+
+@pytest.mark.parametrize("indices", [(0.5,), "a", 1.5])
+def test_bad_indices_are_named(indices):
+    with pytest.raises(TypeError, match="indices must be an int or a tuple of ints"):
+        bbfast.create_model(TINY, img_size=64, **SHALLOW).forward_intermediates(torch.zeros(1, 3, 64, 64), indices)
+
+
+@pytest.mark.parametrize(
+    ("windows", "mask", "error", "message"),
+    [
+        ("x", None, TypeError, "windows must be a torch.Tensor"),
+        (torch.zeros(4, 48, 32), None, ValueError, r"windows must have shape \[B \* nW, 49, 32\]"),
+        (torch.zeros(4, 49, 32), torch.ones(2, 49, 49, dtype=torch.bool), TypeError, r"mask has dtype torch\.bool"),
+        (torch.zeros(4, 49, 32), torch.zeros(3, 49, 49), ValueError, "a divisor of the 4 in all"),
+        (torch.zeros(4, 49, 32), torch.zeros(2, 7, 49), ValueError, r"mask must have shape \[nW, 49, 49\]"),
+    ],
+)
+def test_bad_windows_are_named(windows, mask, error, message):
+    with pytest.raises(error, match=message):
+        bbfast.nn.WindowAttention(32, 2)(windows, mask)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shift_size": 7}, "shift_size=7 must be smaller than window_size=7"),
+        ({"pad_order": "nope"}, "pad_order='nope' is not known"),
+        ({"head_dim": -3}, "head_dim=-3"),
+    ],
+)
+def test_bad_layer_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        bbfast.nn.ShiftedWindowAttention(32, 2, **arguments)

@@ -519,7 +519,8 @@ def test_extension_does_not_depend_on_threads(monkeypatch):
         ({"table": torch.zeros(8, 1)}, "relative_position_bias_table must have shape"),
         ({"table": torch.zeros(9, 1, dtype=torch.int64)}, "relative_position_bias_table must be floating-point"),
         ({"qkv_bias": torch.zeros(5)}, "qkv_bias must have shape"),
-        ({"shift_size": (2, 0)}, "shift of 2 and a window of 2"),
+        ({"shift_size": (2, 0)}, "a shift of 2 and a window of 2"),
+        ({"window_size": (2**31, 2)}, "a shift of 1 and a window of 2147483648"),
     ],
 )
 def test_extension_checks_its_arguments(change, words):

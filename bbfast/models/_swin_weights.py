@@ -47,16 +47,14 @@ def adapt_state_dict(
 
 
 def _resize_table(key: str, table: torch.Tensor, window_size: tuple[int, int]) -> torch.Tensor:
-    """For a table whose own window is not known: a square one where its number of rows can be that."""
+    """For a table whose own window is not known: the model's where it fits, else a square one."""
     height, width = (2 * side - 1 for side in window_size)
-    side = math.isqrt(len(table))
-    if side * side == len(table) and side % 2:
-        window = (side // 2 + 1, side // 2 + 1)
-    elif len(table) == height * width:
+    if len(table) == height * width:
         return table
-    else:
+    side = math.isqrt(len(table))
+    if side * side != len(table) or side % 2 == 0:
         raise ValueError(f"{key} has {len(table)} rows, which is no square window's; the model's has {height * width}")
-    return resize_relative_position_bias_table(table, window, window_size)
+    return resize_relative_position_bias_table(table, (side // 2 + 1, side // 2 + 1), window_size)
 
 
 def resample_patch_embed(weight: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:

@@ -19,7 +19,7 @@ from bbfast.models._classifier_head import ClassifierHead
 from bbfast.models._factory import register_variants
 from bbfast.models._pretrained import PretrainedCfg
 from bbfast.models._swin_weights import adapt_state_dict, resample_patch_embed
-from bbfast.nn._arguments import check_int, check_probability
+from bbfast.nn._arguments import check_bool, check_int, check_ints, check_probability
 from bbfast.nn.swin_block import SwinBlock
 from bbfast.nn.window_attention import WindowAttention
 from bbfast.ops._common import pair
@@ -29,6 +29,8 @@ from bbfast.ops._common import pair
 
 class PatchEmbed(nn.Module):
     """Cuts an image into patches and maps each to a vector: `[B, C, H, W]` to `[B, H / patch, W / patch, embed_dim]`.
+
+    Where patches do not divide an image of img_size, the last pixels are left out.
 
     Args:
         img_size, patch_size: an int or (height, width), in pixels.
@@ -49,8 +51,7 @@ class PatchEmbed(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        self.img_size = pair("img_size", img_size, 1)
-        self.patch_size = pair("patch_size", patch_size, 1)
+        self.img_size, self.patch_size = _check_sizes(img_size, patch_size)
         self.strict_img_size = strict_img_size
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_size, device=device, dtype=dtype)
         self.norm = norm_layer(embed_dim, device=device, dtype=dtype)
@@ -60,10 +61,18 @@ class PatchEmbed(nn.Module):
         """Patches in an image of img_size, (rows, columns)."""
         return tuple(size // patch for size, patch in zip(self.img_size, self.patch_size))
 
+    @property
+    def num_patches(self) -> int:
+        """Patches in an image of img_size."""
+        return self.grid_size[0] * self.grid_size[1]
+
     def set_input_size(self, img_size=None, patch_size=None) -> None:
         """Other sizes; None keeps one. The filters are resampled for another patch_size."""
-        if patch_size is not None and pair("patch_size", patch_size, 1) != self.patch_size:
-            self.patch_size = pair("patch_size", patch_size, 1)
+        old_patch_size = self.patch_size
+        self.img_size, self.patch_size = _check_sizes(
+            self.img_size if img_size is None else img_size, self.patch_size if patch_size is None else patch_size
+        )
+        if self.patch_size != old_patch_size:
             old = self.proj
             factory = {"device": old.weight.device, "dtype": old.weight.dtype}
             self.proj = nn.Conv2d(old.in_channels, old.out_channels, self.patch_size, self.patch_size, **factory)
@@ -73,8 +82,6 @@ class PatchEmbed(nn.Module):
             for parameter, before in zip(self.proj.parameters(), old.parameters()):
                 parameter.requires_grad_(before.requires_grad)
             self.proj.train(old.training)
-        if img_size is not None:
-            self.img_size = pair("img_size", img_size, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._check_input(x)
@@ -90,9 +97,19 @@ class PatchEmbed(nn.Module):
                 f"x is {x.shape[2]} x {x.shape[3]} pixels but the model was made for {self.img_size[0]} x "
                 f"{self.img_size[1]}; make it with img_size= or strict_img_size=False, or call set_input_size"
             )
+        if self.strict_img_size:
+            return
         for axis, size, patch in zip("HW", x.shape[2:], self.patch_size):
             if size % patch:
                 raise ValueError(f"x has {size} pixels along {axis}, which patches of {patch} do not divide")
+
+
+def _check_sizes(img_size, patch_size) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Both as pairs, if an image holds a patch."""
+    sizes, patches = pair("img_size", img_size, 1), pair("patch_size", patch_size, 1)
+    if any(size < patch for size, patch in zip(sizes, patches)):
+        raise ValueError(f"img_size={img_size!r} is not allowed; it must be at least patch_size={patch_size!r}")
+    return sizes, patches
 
 
 class PatchMerging(nn.Module):
@@ -108,10 +125,22 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, H, W, dim]` to `[B, ceil(H / 2), ceil(W / 2), out_dim]`."""
-        if x.shape[1] % 2 or x.shape[2] % 2:
-            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        squares = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [B, H / 2, row, W / 2, column, C]
-        return self.reduction(self.norm(squares.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+        return self.reduction(self.norm(_squares_when_compiled(x) if torch.compiler.is_compiling() else _squares(x)))
+
+
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    """`[B, H, W, C]` to `[B, ceil(H / 2), ceil(W / 2), 4 C]`: the left column of each square, then its right one."""
+    if x.shape[1] % 2 or x.shape[2] % 2:
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    squares = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [B, H / 2, row, W / 2, column, C]
+    return squares.permute(0, 1, 3, 4, 2, 5).flatten(3)
+
+
+def _squares_when_compiled(x: torch.Tensor) -> torch.Tensor:
+    """The same without a question whose answer hangs on which sizes are even: a graph would be tied to it."""
+    rows, columns = 2 * ((x.shape[1] + 1) // 2), 2 * ((x.shape[2] + 1) // 2)
+    x = F.pad(x, (0, 0, 0, 1, 0, 1))
+    return torch.cat([x[:, row:rows:2, column:columns:2] for column in (0, 1) for row in (0, 1)], 3)
 
 
 class SwinTransformerStage(nn.Module):
@@ -236,7 +265,13 @@ class SwinTransformer(nn.Module):
         dtype=None,
     ):
         check_int("in_chans", in_chans, minimum=1)
+        check_int("embed_dim", embed_dim, minimum=1)
+        for name, rate in (("attn_drop_rate", attn_drop_rate), ("proj_drop_rate", proj_drop_rate)):
+            check_probability(name, rate)
         check_probability("drop_path_rate", drop_path_rate)
+        for name, value in (("strict_img_size", strict_img_size), ("dynamic_img_size", dynamic_img_size)):
+            check_bool(name, value)
+        depths, num_heads = check_ints("depths", depths, minimum=1), check_ints("num_heads", num_heads, minimum=1)
         if len(num_heads) != len(depths):
             raise ValueError(f"num_heads={num_heads!r} must have one entry per stage, as depths={depths!r}")
         if weight_init not in ("", "skip"):
@@ -249,6 +284,8 @@ class SwinTransformer(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
+        self.num_layers = stages
+        self.embed_dim = embed_dim
         self.num_features = channels[-1]
         self.pretrained_cfg = self.default_cfg = {}
 
@@ -382,9 +419,11 @@ class SwinTransformer(nn.Module):
         stages = len(self.layers)
         windows = None if window_size is None else windows_per_stage(window_size, stages)
         ratios = None if window_ratio is None else _per_stage("window_ratio", window_ratio, stages)
-        if ratios is not None and min(check_int("window_ratio", ratio, minimum=1) for ratio in ratios) < 1:
-            raise ValueError(f"window_ratio={window_ratio!r} is not allowed")
-        self.patch_embed.set_input_size(img_size, patch_size)
+        for ratio in ratios or ():
+            check_int("window_ratio", ratio, minimum=1)
+        if always_partition is not None:
+            check_bool("always_partition", always_partition)
+        self.patch_embed.set_input_size(img_size, patch_size)  # checks both before it changes one
         grid = self.patch_embed.grid_size
         if windows is None and ratios is not None:
             windows = tuple(tuple(max(1, size // ratio) for size in grid) for ratio in ratios)
@@ -441,6 +480,9 @@ class SwinTransformer(nn.Module):
 
 def windows_per_stage(window_size: int | Sequence, stages: int) -> tuple[tuple[int, int], ...]:
     """One (height, width) per stage from an int or (height, width) for all, or one of these per stage."""
+    if not isinstance(window_size, (int, tuple, list)):
+        kind = type(window_size).__name__
+        raise TypeError(f"window_size must be an int, a pair of them, or one of these per stage, got {kind}")
     for_all = isinstance(window_size, int) or (len(window_size) == 2 and isinstance(window_size[0], int))
     windows = [window_size] * stages if for_all else list(window_size)
     if len(windows) != stages:
@@ -465,6 +507,8 @@ def _stage_indices(indices: int | Sequence[int] | None, stages: int) -> set[int]
     if isinstance(indices, int):
         check_int("indices", indices, minimum=1)
         indices = range(stages - indices, stages)
+    if not isinstance(indices, (tuple, list, range)) or not all(type(index) is int for index in indices):
+        raise TypeError(f"indices must be an int or a tuple of ints, got {indices!r}")
     wanted = {index + stages if index < 0 else index for index in indices}
     if not wanted or min(wanted) < 0 or max(wanted) >= stages:
         raise ValueError(f"indices={tuple(indices)!r} are not stages of a model that has {stages}")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bbfast.nn._arguments import check_probability
+from bbfast.nn._arguments import check_bool, check_positive, check_probability
 from bbfast.nn.add_layer_norm import apply_add_layer_norm
 from bbfast.nn.drop_path_add import DropPathAdd
 from bbfast.nn.window_attention import ShiftedWindowAttention
@@ -75,7 +75,7 @@ class SwinBlock(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.input_resolution = pair("input_resolution", input_resolution, 1)
         self.target_shift_size = pair("shift_size", shift_size, 0)
-        self.always_partition = always_partition
+        self.always_partition = check_bool("always_partition", always_partition)
         window_size, shift_size = self._fit(pair("window_size", window_size, 1), self.target_shift_size)
         self.norm1 = norm_layer(dim, **factory)
         self.attn = ShiftedWindowAttention(
@@ -91,7 +91,10 @@ class SwinBlock(nn.Module):
         )
         self.drop_path1 = _drop_path(drop_path)
         self.norm2 = norm_layer(dim, **factory)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
+        hidden_dim = int(dim * check_positive("mlp_ratio", mlp_ratio))
+        if hidden_dim < 1:
+            raise ValueError(f"mlp_ratio={mlp_ratio} leaves no hidden channel of {dim}")
+        self.mlp = Mlp(dim, hidden_dim, drop=proj_drop, **factory)
         self.drop_path2 = _drop_path(drop_path)
 
     @property

@@ -9,8 +9,8 @@ from torch import nn
 from bbfast import ops
 from bbfast.nn._arguments import check_int, check_probability
 from bbfast.nn._relative_position import resize_relative_position_bias_table
-from bbfast.ops._common import pair
-from bbfast.ops.window_attention import explain_plain_attention
+from bbfast.ops._common import check_tensor, pair
+from bbfast.ops.window_attention import PAD_ORDERS, explain_plain_attention
 from bbfast.reference.window_attention import Windows, relative_position_index
 
 MASK_VALUE = -100.0  # for pairs that only the shift brought together; a very large score still gets through
@@ -48,7 +48,7 @@ class WindowAttention(nn.Module):
         check_int("dim", dim, minimum=1)
         if dim % check_int("num_heads", num_heads, minimum=1) and head_dim is None:
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}; name head_dim")
-        head_dim = dim // num_heads if head_dim is None else head_dim
+        head_dim = dim // num_heads if head_dim is None else check_int("head_dim", head_dim, minimum=1)
         self.dim = dim
         self.num_heads = num_heads
         self.scale = head_dim**-0.5
@@ -78,14 +78,34 @@ class WindowAttention(nn.Module):
         """
         Args:
             windows: `[B * nW, wh * ww, C]`, the windows of an image one after the other.
-            mask: `[nW, wh * ww, wh * ww]`, added to the scores (query, key) of each window, or None.
+            mask: `[nW, wh * ww, wh * ww]`, numbers that are added to the scores (query, key) of each window, or None.
+
+        Raises:
+            TypeError: windows or mask is no floating-point tensor (a mask of bools has no one meaning).
+            ValueError: their shapes do not fit.
         """
+        self._check(windows, mask)
         if mask is not None or self._attn_drop_rate():
             explain_plain_attention(windows, attn_drop=self._attn_drop_rate(), foreign_mask=mask is not None)
             return self._forward_plainly(windows, mask)
         maps = self.qkv(windows).unflatten(1, self.window_size)  # a map of one window each
         y = self._fused(maps, shift_size=(0, 0), pad_order="shift_then_pad").flatten(1, 2)
         return self.proj_drop(self.proj(y))
+
+    def _check(self, windows, mask) -> None:
+        height, width = self.window_size
+        tokens = height * width
+        check_tensor("windows", windows, rank=3, layout="[B * nW, wh * ww, C]")
+        if windows.shape[1] != tokens or windows.shape[2] != self.dim:
+            raise ValueError(f"windows must have shape [B * nW, {tokens}, {self.dim}], got {tuple(windows.shape)}")
+        if mask is None:
+            return
+        check_tensor("mask", mask, rank=3, layout="[nW, wh * ww, wh * ww]")
+        if mask.shape[1:] != (tokens, tokens) or not len(mask) or len(windows) % len(mask):
+            raise ValueError(
+                f"mask must have shape [nW, {tokens}, {tokens}] with nW windows per image, a divisor of the "
+                f"{len(windows)} in all; got {tuple(mask.shape)}"
+            )
 
     def _attn_drop_rate(self) -> float:
         return self.attn_drop.p if self.training else 0.0
@@ -98,9 +118,15 @@ class WindowAttention(nn.Module):
             window_size=self.window_size,
             shift_size=shift_size,
             scale=self.scale,
-            qkv_bias=self.qkv.bias,
+            qkv_bias=self._padding(qkv),
             pad_order=pad_order,
         )
+
+    def _padding(self, qkv: torch.Tensor) -> torch.Tensor | None:
+        """What padded pixels, which are zeros, have as q, k and v: the bias, if `self.qkv` is still a linear layer."""
+        if isinstance(self.qkv, nn.Linear):
+            return self.qkv.bias
+        return self.qkv(qkv.new_zeros(1, self.dim))[0]
 
     def _forward_plainly(self, windows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """With dropout of weights or a mask of the caller's, which the op does not know."""
@@ -156,6 +182,10 @@ class ShiftedWindowAttention(WindowAttention):
             dtype=dtype,
         )
         self.shift_size = pair("shift_size", shift_size, minimum=0)
+        if any(shift >= side for shift, side in zip(self.shift_size, self.window_size)):
+            raise ValueError(f"shift_size={shift_size!r} must be smaller than window_size={window_size!r}")
+        if pad_order not in PAD_ORDERS:
+            raise ValueError(f"pad_order={pad_order!r} is not known; allowed: {', '.join(map(repr, PAD_ORDERS))}")
         self.pad_order = pad_order
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
