@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import bbfast
-from bbfast.models._efficientnet_blocks import Conv2dSame, make_divisible
 from bbfast.models._efficientnet_builder import decode_arch_def
+from bbfast.models._layers import Conv2dSame, make_divisible
 
 timm = pytest.importorskip("timm")
 from parity import (  # noqa: E402

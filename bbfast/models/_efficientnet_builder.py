@@ -15,9 +15,8 @@ from bbfast.models._efficientnet_blocks import (
     DepthwiseSeparableConv,
     InvertedResidual,
     SqueezeExcite,
-    resolve_act,
-    round_channels,
 )
+from bbfast.models._layers import resolve_act, round_channels
 
 # TensorFlow's BatchNorm epsilon, which weights ported from there were trained with.
 BN_EPS_TF = 1e-3

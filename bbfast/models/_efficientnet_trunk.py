@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from bbfast.models._efficientnet_blocks import SqueezeExcite, conv_bn_act, create_conv2d, resolve_act
+from bbfast.models._backbone import Backbone, prepare_images
+from bbfast.models._efficientnet_blocks import SqueezeExcite
 from bbfast.models._efficientnet_builder import BlockArgs, build_trunk
+from bbfast.models._layers import conv_bn_act, create_conv2d, resolve_act
 from bbfast.models._pretrained import PretrainedCfg
-from bbfast.nn import BatchNormAct2d, to_inference_layout
+from bbfast.nn import BatchNormAct2d
 from bbfast.nn._arguments import check_int, check_probability
 
 
-class EfficientNetTrunk(nn.Module):
+class EfficientNetTrunk(Backbone):
     """Stem (a strided 3x3 convolution) and blocks; a subclass adds `_forward_features` and `forward_head`.
 
     Convolutions, BatchNorms, activations and skips run as fused ops, so hooks on the stem's modules and on
@@ -35,14 +36,9 @@ class EfficientNetTrunk(nn.Module):
         drop_path_rate: block i of n drops its branch, per sample, with probability rate * i / n.
         device, dtype: of parameters and buffers.
 
-    Attributes:
-        num_features: channels of `forward_features`; head_hidden_size: width of what the classifier takes.
-        feature_info: for each size of feature map its last module, num_chs, stage and reduction.
-        pretrained_cfg, default_cfg: the same dict, about the model's weights.
+    `feature_info` lists the last map of each size.
     """
 
-    num_features: int
-    head_hidden_size: int
     classifier: nn.Module
 
     def __init__(
@@ -70,15 +66,11 @@ class EfficientNetTrunk(nn.Module):
         check_int("in_chans", in_chans, minimum=1)
         check_probability("drop_rate", drop_rate)
         check_probability("drop_path_rate", drop_path_rate)
-        super().__init__()
+        super().__init__(num_classes, in_chans)
         factory = {"device": device, "dtype": dtype}
         act = resolve_act(act_layer)
         bn = {"eps": bn_eps, "momentum": bn_momentum}
-        self.num_classes = num_classes
-        self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.grad_checkpointing = False
-        self.pretrained_cfg = self.default_cfg = {}
 
         if not fix_stem:
             stem_size = round_chs_fn(stem_size)
@@ -101,35 +93,24 @@ class EfficientNetTrunk(nn.Module):
         self.feature_info = trunk.feature_info
         self.num_features = trunk.out_chs
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks recompute their activations in the backward pass instead of keeping them.
-
-        Outputs and gradients stay the same. BatchNorm's running statistics take the batch in twice, as in
-        timm.
-        """
-        self.grad_checkpointing = enable
-
     def get_classifier(self) -> nn.Module:
         """The last layer (`nn.Identity` where num_classes is 0)."""
         return self.classifier
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[N, in_chans, H, W]` images, contiguous or channels_last, to `[N, num_classes]` logits."""
-        return self.forward_head(self._forward_features(x))
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Patterns that group parameters by depth, for layer-wise learning rates; coarse: by stage."""
+        blocks = r"^blocks\.(\d+)" if coarse else r"^blocks\.(\d+)\.(\d+)"
+        return {"stem": r"^conv_stem|bn1", "blocks": blocks}
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The last feature map, `[N, num_features, H / 32, W / 32]`, sizes rounded up, in x's memory format."""
-        features = self._forward_features(x)
-        return features.contiguous() if x.is_contiguous() else features
-
-    def _forward_trunk(self, x: torch.Tensor) -> torch.Tensor:
+    def _maps(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        wanted = {info["stage"] for info in self.feature_info}
         x = apply_stem(self.conv_stem, self.bn1, x)
-        if not self.grad_checkpointing or not torch.is_grad_enabled():
-            return self.blocks(x)
-        for stage in self.blocks:
-            for block in stage:
-                x = checkpoint(block, x, use_reentrant=False)
-        return x
+        if 0 in wanted:
+            yield x
+        for stage, blocks in enumerate(self.blocks, start=1):
+            x = self._run(blocks, x)
+            if stage in wanted:
+                yield x
 
     def _make_classifier(self, num_classes: int) -> nn.Module:
         """A classifier of head_hidden_size inputs, placed and typed as the stem is."""
@@ -141,18 +122,8 @@ class EfficientNetTrunk(nn.Module):
 
 
 def apply_stem(conv: nn.Conv2d, bn: BatchNormAct2d, x: torch.Tensor) -> torch.Tensor:
-    """`act(bn(conv(x)))` of images, as one op.
-
-    Says in the model's words what that op would say of x in its own; the op checks the rest.
-    """
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    channels = conv.weight.shape[1]
-    if x.dim() != 4 or x.shape[1] != channels:
-        raise ValueError(f"x must have shape [N, {channels}, H, W], got {tuple(x.shape)}")
-    if x.device != conv.weight.device:
-        raise ValueError(f"x is on {x.device} but the model is on {conv.weight.device}; move one of them")
-    return conv_bn_act(conv, bn, to_inference_layout(x))
+    """`act(bn(conv(x)))` of images, as one op."""
+    return conv_bn_act(conv, bn, prepare_images(x, conv.weight))
 
 
 # How these families become feature extractors; see `register_variants`.

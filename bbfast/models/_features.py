@@ -30,7 +30,7 @@ class FeatureInfo:
 
     def __init__(self, info: Sequence[Mapping], out_indices: int | Sequence[int] | None = None):
         self.info = [{**entry, "index": index} for index, entry in enumerate(info)]
-        self.out_indices = _check_out_indices(out_indices, len(self.info))
+        self.out_indices = check_indices("out_indices", out_indices, len(self.info))
 
     def get(self, key: str, idx: int | Sequence[int] | None = None):
         """Entry `key` of the maps that are taken, as they were asked for; or of map idx, or of several maps."""
@@ -64,23 +64,31 @@ class FeatureInfo:
         return len(self.info)
 
 
-def _check_out_indices(out_indices, count: int) -> tuple[int, ...]:
-    if out_indices is None:
+def check_indices(name: str, indices: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """Which of `count` maps are meant: indices, each once, negative ones from the end; an int for the last so many.
+
+    Returns:
+        The indices as they came, or all of them for None.
+
+    Raises:
+        TypeError, ValueError: `indices`, which the caller calls `name`, is something else, or not among the maps.
+    """
+    if indices is None:
         return tuple(range(count))
-    is_count = isinstance(out_indices, int) and not isinstance(out_indices, bool)
-    if is_count and 1 <= out_indices <= count:
-        return tuple(range(-out_indices, 0))
+    is_count = isinstance(indices, int) and not isinstance(indices, bool)
+    if is_count and 1 <= indices <= count:
+        return tuple(range(-indices, 0))
     if not is_count:
-        if isinstance(out_indices, str) or not isinstance(out_indices, Sequence):
-            raise TypeError(f"out_indices must be an int or a tuple of ints, got {type(out_indices).__name__}")
-        for index in out_indices:
+        if isinstance(indices, str) or not isinstance(indices, Sequence):
+            raise TypeError(f"{name} must be an int or a tuple of ints, got {type(indices).__name__}")
+        for index in indices:
             if not isinstance(index, int) or isinstance(index, bool):
-                raise TypeError(f"out_indices must hold ints only, got {index!r}")
-        positions = {index % count for index in out_indices if -count <= index < count}
-        if out_indices and len(positions) == len(out_indices):
-            return tuple(out_indices)
+                raise TypeError(f"{name} must hold ints only, got {index!r}")
+        positions = {index % count for index in indices if -count <= index < count}
+        if indices and len(positions) == len(indices):
+            return tuple(indices)
     raise ValueError(
-        f"out_indices={out_indices!r} is not allowed: the model has {count} feature maps; take the last 1 to {count} "
+        f"{name}={indices!r} is not allowed: the model has {count} feature maps; take the last 1 to {count} "
         f"by an int, or different ones by indices in {-count}..{count - 1}"
     )
 

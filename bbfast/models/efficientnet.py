@@ -13,16 +13,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from bbfast.models._efficientnet_blocks import (
-    SqueezeExcite,
-    conv_bn_act,
-    create_conv2d,
-    resolve_act,
-    round_channels,
-)
+from bbfast.models._efficientnet_blocks import SqueezeExcite
 from bbfast.models._efficientnet_builder import BN_EPS_TF, BlockArgs, decode_arch_def, init_weights
 from bbfast.models._efficientnet_trunk import FEATURE_CFG, EfficientNetTrunk, pretrained_cfg
 from bbfast.models._factory import register_variants
+from bbfast.models._layers import conv_bn_act, create_conv2d, resolve_act, round_channels
 from bbfast.models._pool import GlobalPool2d
 from bbfast.models._pretrained import HALF_MEAN_STD
 from bbfast.nn import BatchNormAct2d
@@ -96,9 +91,13 @@ class EfficientNet(EfficientNetTrunk):
         self.head_hidden_size = self.num_features * pool.feat_mult()
         self.classifier = self._make_classifier(num_classes).train(self.training)
 
-    def _forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """What `forward_features` returns: the map, after conv_head."""
-        return conv_bn_act(self.conv_head, self.bn2, self._forward_trunk(x))
+    def _finish(self, x: torch.Tensor) -> torch.Tensor:
+        return conv_bn_act(self.conv_head, self.bn2, x)
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Patterns that group parameters by depth, for layer-wise learning rates; coarse: by stage."""
+        groups = super().group_matcher(coarse)
+        return {**groups, "blocks": [(groups["blocks"], None), (r"conv_head|bn2", (99999,))]}
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pooling, dropout and classifier; pre_logits leaves it out: `[N, head_hidden_size]`."""

@@ -11,10 +11,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from bbfast.models._efficientnet_blocks import SqueezeExcite, create_conv2d, resolve_act, round_channels
+from bbfast.models._efficientnet_blocks import SqueezeExcite
 from bbfast.models._efficientnet_builder import BN_EPS_TF, BlockArgs, decode_arch_def, init_weights
 from bbfast.models._efficientnet_trunk import FEATURE_CFG, EfficientNetTrunk, pretrained_cfg
 from bbfast.models._factory import register_variants
+from bbfast.models._layers import create_conv2d, resolve_act, round_channels
 from bbfast.models._pool import GlobalPool2d
 from bbfast.models._pretrained import HALF_MEAN_STD, UNIT_MEAN_STD
 from bbfast.reference.activation import activation
@@ -98,10 +99,6 @@ class MobileNetV3(EfficientNetTrunk):
         self.num_classes = num_classes
         self.global_pool = pool.train(self.training)
         self.classifier = classifier.train(self.training)
-
-    def _forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """What `forward_features` returns: the map, before the head."""
-        return self._forward_trunk(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pooling, conv_head, dropout and classifier; pre_logits leaves it out: `[N, head_hidden_size]`."""

@@ -7,7 +7,7 @@ state_dict keys are timm's. Maps are `[B, H, W, C]` from the patch embedding to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bbfast.models._backbone import Backbone
 from bbfast.models._classifier_head import ClassifierHead
 from bbfast.models._factory import register_variants
 from bbfast.models._pretrained import PretrainedCfg
@@ -212,7 +213,7 @@ class SwinTransformerStage(nn.Module):
 # ---- the model -------------------------------------------------------------------------------------------
 
 
-class SwinTransformer(nn.Module):
+class SwinTransformer(Backbone):
     """Swin: patches, stages of windowed attention at halving resolution, a norm, a pooled classifier.
 
     Args:
@@ -276,18 +277,15 @@ class SwinTransformer(nn.Module):
             raise ValueError(f"num_heads={num_heads!r} must have one entry per stage, as depths={depths!r}")
         if weight_init not in ("", "skip"):
             raise ValueError(f"weight_init={weight_init!r} is not known; allowed: '', 'skip'")
-        super().__init__()
+        super().__init__(num_classes, in_chans)
         factory = {"norm_layer": norm_layer, "device": device, "dtype": dtype}
         stages = len(depths)
         channels = [embed_dim * 2**stage for stage in range(stages)]
         self.dynamic_img_size = dynamic_img_size or not strict_img_size
-        self.num_classes = num_classes
-        self.in_chans = in_chans
         self.global_pool = global_pool
         self.num_layers = stages
         self.embed_dim = embed_dim
         self.num_features = channels[-1]
-        self.pretrained_cfg = self.default_cfg = {}
 
         self.patch_embed = PatchEmbed(
             img_size,
@@ -351,52 +349,28 @@ class SwinTransformer(nn.Module):
 
     # ---- forward
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[N, in_chans, H, W]` images, contiguous or channels_last, to `[N, num_classes]` logits."""
-        return self.forward_head(self.forward_features(x))
-
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """The last map, normalised, `[N, H / 32, W / 32, num_features]`, sizes rounded up."""
-        return self.norm(self.layers(self.patch_embed(x)))
+        return self._forward_features(x)
+
+    def _maps(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        x = self.patch_embed(x)
+        for stage in self.layers:
+            x = stage(x)
+            yield x
+
+    def _finish(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+    def _norm_last_map(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+    def _as_nchw(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 3, 1, 2).contiguous()
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pooling, dropout and classifier; pre_logits leaves it out: `[N, head_hidden_size]`."""
         return self.head(x, pre_logits)
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The maps after some stages, `[N, C, H, W]` each, in the network's order.
-
-        Args:
-            x: images `[N, in_chans, H, W]`.
-            indices: stages, negative ones from the end; an int for the last so many, None for all.
-            norm: normalise the last stage's map.
-            stop_early: skip the stages after the last wanted one.
-            output_fmt: "NCHW".
-            intermediates_only: return the list alone, else (what `forward_features` returns, the list); after
-                stop_early the first is the last map, without norm.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r} is not allowed; it must be 'NCHW'")
-        wanted = _stage_indices(indices, len(self.layers))
-        last = len(self.layers) - 1
-        x = self.patch_embed(x)
-        intermediates = []
-        for index, stage in enumerate(self.layers[: max(wanted) + 1] if stop_early else self.layers):
-            x = stage(x)
-            if index in wanted:
-                tap = self.norm(x) if norm and index == last else x
-                intermediates.append(tap.permute(0, 3, 1, 2).contiguous())
-        if intermediates_only:
-            return intermediates
-        return (self.norm(x) if index == last else x), intermediates
 
     # ---- what one does with a model
 
@@ -499,20 +473,6 @@ def _per_stage(name: str, value, stages: int) -> list:
 
 def _scaled(window: tuple[int, int], grid: tuple[int, int], reference_grid: tuple[int, int]) -> tuple[int, int]:
     return tuple(max(1, side * size // reference) for side, size, reference in zip(window, grid, reference_grid))
-
-
-def _stage_indices(indices: int | Sequence[int] | None, stages: int) -> set[int]:
-    if indices is None:
-        return set(range(stages))
-    if isinstance(indices, int):
-        check_int("indices", indices, minimum=1)
-        indices = range(stages - indices, stages)
-    if not isinstance(indices, (tuple, list, range)) or not all(type(index) is int for index in indices):
-        raise TypeError(f"indices must be an int or a tuple of ints, got {indices!r}")
-    wanted = {index + stages if index < 0 else index for index in indices}
-    if not wanted or min(wanted) < 0 or max(wanted) >= stages:
-        raise ValueError(f"indices={tuple(indices)!r} are not stages of a model that has {stages}")
-    return wanted
 
 
 def _init_weights(model: SwinTransformer) -> None:
