@@ -482,7 +482,7 @@ def test_refused_sizes_change_nothing(change, error, message):
 
 @pytest.mark.parametrize("indices", [(0.5,), "a", 1.5])
 def test_bad_indices_are_named(indices):
-    with pytest.raises(TypeError, match="indices must (be an int or a tuple of|hold) ints"):
+    with pytest.raises(TypeError, match=r"indices must (be an int or a tuple of|hold) ints"):
         bbfast.create_model(TINY, img_size=64, **SHALLOW).forward_intermediates(torch.zeros(1, 3, 64, 64), indices)
 
 
