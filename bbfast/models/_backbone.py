@@ -10,14 +10,14 @@ from torch.utils.checkpoint import checkpoint
 
 from bbfast.models._features import check_indices
 from bbfast.nn import to_inference_layout
+from bbfast.ops._common import overridable
 
 
 class Backbone(nn.Module):
     """A model that makes maps, stage by stage, and classifies the last one.
 
-    A family defines `_maps`, `forward_head`, `get_classifier`, `reset_classifier`, `group_matcher` and
-    `prune_intermediate_layers`; where something follows the last map, `_finish`; where the last map has a norm of its
-    own, `_norm_last_map`.
+    A family defines `_maps`, `_keep_maps`, `forward_head`, `get_classifier`, `reset_classifier` and `group_matcher`;
+    where something follows the last map, `_finish`; where the last map has a norm of its own, `_norm_last_map`.
 
     Attributes:
         num_classes, in_chans: as the constructor was told.
@@ -42,6 +42,15 @@ class Backbone(nn.Module):
 
     def _maps(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """The maps of images `[N, in_chans, H, W]`, one for each entry of feature_info, in that order."""
+        raise NotImplementedError
+
+    def _keep_maps(self, count: int, *, keep_norm: bool, keep_head: bool) -> None:
+        """Drops the layers that only maps after the first `count` need, and what follows the last of them.
+
+        Args:
+            keep_norm: keep the norm after the last map. keep_head: keep the layers of the head; the classifier and the
+                pooling are no matter of this method.
+        """
         raise NotImplementedError
 
     def _finish(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,6 +128,31 @@ class Backbone(nn.Module):
         """
         self.grad_checkpointing = enable
 
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops the layers that `forward_intermediates(indices=indices)` does not need.
+
+        A model that lost its last map keeps neither norm nor head: its classifier is an nn.Identity.
+
+        Args:
+            indices: as for `forward_intermediates`.
+            prune_norm: drop the norm after the last map too. prune_head: drop the head too.
+
+        Returns:
+            The maps that were asked for, counted from the first.
+        """
+        total = len(self.feature_info)
+        kept = [index % total for index in check_indices("indices", indices, total)]
+        count = max(kept) + 1
+        cut = count < total
+        keep_norm, keep_head = not (prune_norm or cut), not (prune_head or cut)
+        self._keep_maps(count, keep_norm=keep_norm, keep_head=keep_head)
+        self.feature_info = self.feature_info[:count]
+        if not keep_head:
+            self.reset_classifier(0, "")
+        return kept
+
     def _run(self, blocks: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
         """One block after the other, each recomputed in the backward pass where that is asked for."""
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
@@ -127,6 +161,7 @@ class Backbone(nn.Module):
         return x
 
 
+@overridable
 def prepare_images(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Images as the first convolution, whose weight is given, may have them, in the fastest layout.
 
@@ -145,6 +180,7 @@ def prepare_images(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return to_inference_layout(x)
 
 
+@overridable
 def in_format_of(images: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """`features`, contiguous where the images are: between the two a model may prefer another layout."""
     return features.contiguous() if images.is_contiguous() else features

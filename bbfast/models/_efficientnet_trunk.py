@@ -112,6 +112,9 @@ class EfficientNetTrunk(Backbone):
             if stage in wanted:
                 yield x
 
+    def _keep_maps(self, count: int, *, keep_norm: bool, keep_head: bool) -> None:
+        self.blocks = self.blocks[: self.feature_info[count - 1]["stage"]]
+
     def _make_classifier(self, num_classes: int) -> nn.Module:
         """A classifier of head_hidden_size inputs, placed and typed as the stem is."""
         check_int("num_classes", num_classes, minimum=0)

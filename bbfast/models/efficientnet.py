@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from bbfast.models._efficientnet_blocks import SqueezeExcite
 from bbfast.models._efficientnet_builder import BN_EPS_TF, BlockArgs, decode_arch_def, init_weights
@@ -91,7 +92,16 @@ class EfficientNet(EfficientNetTrunk):
         self.head_hidden_size = self.num_features * pool.feat_mult()
         self.classifier = self._make_classifier(num_classes).train(self.training)
 
+    def _keep_maps(self, count: int, *, keep_norm: bool, keep_head: bool) -> None:
+        super()._keep_maps(count, keep_norm=keep_norm, keep_head=keep_head)
+        if not (keep_norm and keep_head):  # conv_head has a norm and is no part of a map
+            self.conv_head = self.bn2 = nn.Identity()
+            self.num_features = self.feature_info[count - 1]["num_chs"]
+            self.reset_classifier(0, "")
+
     def _finish(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.conv_head, nn.Identity):
+            return x
         return conv_bn_act(self.conv_head, self.bn2, x)
 
     def group_matcher(self, coarse: bool = False) -> dict:

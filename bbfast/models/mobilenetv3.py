@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from bbfast.models._efficientnet_blocks import SqueezeExcite
 from bbfast.models._efficientnet_builder import BN_EPS_TF, BlockArgs, decode_arch_def, init_weights
@@ -91,7 +92,9 @@ class MobileNetV3(EfficientNetTrunk):
         """
         pool = self.global_pool if global_pool is None else GlobalPool2d(global_pool)
         pooled = self.num_features * pool.feat_mult()
-        if pooled != self.conv_head.in_channels:
+        if isinstance(self.conv_head, nn.Identity):
+            self.head_hidden_size = pooled
+        elif pooled != self.conv_head.in_channels:
             raise ValueError(
                 f"global_pool={global_pool!r} gives {pooled} channels but conv_head takes {self.conv_head.in_channels}"
             )
@@ -100,10 +103,18 @@ class MobileNetV3(EfficientNetTrunk):
         self.global_pool = pool.train(self.training)
         self.classifier = classifier.train(self.training)
 
+    def _keep_maps(self, count: int, *, keep_norm: bool, keep_head: bool) -> None:
+        super()._keep_maps(count, keep_norm=keep_norm, keep_head=keep_head)
+        self.num_features = self.feature_info[count - 1]["num_chs"]
+        if not keep_head:
+            self.conv_head, self.head_act = nn.Identity(), "identity"
+
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pooling, conv_head, dropout and classifier; pre_logits leaves it out: `[N, head_hidden_size]`."""
         x = self.global_pool(x)
-        if self.global_pool.pool_type:  # a 1x1 convolution of a 1x1 map is a matrix product
+        if isinstance(self.conv_head, nn.Identity):
+            x = x.flatten(1) if self.global_pool.pool_type else x
+        elif self.global_pool.pool_type:  # a 1x1 convolution of a 1x1 map is a matrix product
             x = F.linear(x.flatten(1), self.conv_head.weight.flatten(1), self.conv_head.bias)
         else:
             x = self.conv_head(x)

@@ -23,7 +23,7 @@ from bbfast.models._swin_weights import adapt_state_dict, resample_patch_embed
 from bbfast.nn._arguments import check_bool, check_int, check_ints, check_probability
 from bbfast.nn.swin_block import SwinBlock
 from bbfast.nn.window_attention import WindowAttention
-from bbfast.ops._common import pair
+from bbfast.ops._common import overridable, pair
 
 # ---- parts -----------------------------------------------------------------------------------------------
 
@@ -85,24 +85,27 @@ class PatchEmbed(nn.Module):
             self.proj.train(old.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self._check_input(x)
+        x = _checked_images(x, self.proj.in_channels, self.patch_size, self.img_size if self.strict_img_size else None)
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
-    def _check_input(self, x) -> None:
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-        if x.dim() != 4 or x.shape[1] != self.proj.in_channels:
-            raise ValueError(f"x must have shape [N, {self.proj.in_channels}, H, W], got {tuple(x.shape)}")
-        if self.strict_img_size and tuple(x.shape[2:]) != self.img_size:
-            raise ValueError(
-                f"x is {x.shape[2]} x {x.shape[3]} pixels but the model was made for {self.img_size[0]} x "
-                f"{self.img_size[1]}; make it with img_size= or strict_img_size=False, or call set_input_size"
-            )
-        if self.strict_img_size:
-            return
-        for axis, size, patch in zip("HW", x.shape[2:], self.patch_size):
+
+@overridable
+def _checked_images(x, in_chans: int, patch_size: tuple[int, int], img_size: tuple[int, int] | None) -> torch.Tensor:
+    """`x` itself, if it is images of img_size (None: of any size that patches divide)."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"x must have shape [N, {in_chans}, H, W], got {tuple(x.shape)}")
+    if img_size is not None and tuple(x.shape[2:]) != img_size:
+        raise ValueError(
+            f"x is {x.shape[2]} x {x.shape[3]} pixels but the model was made for {img_size[0]} x {img_size[1]}; make "
+            "it with img_size= or strict_img_size=False, or call set_input_size"
+        )
+    if img_size is None:
+        for axis, size, patch in zip("HW", x.shape[2:], patch_size):
             if size % patch:
                 raise ValueError(f"x has {size} pixels along {axis}, which patches of {patch} do not divide")
+    return x
 
 
 def _check_sizes(img_size, patch_size) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -129,6 +132,7 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(_squares_when_compiled(x) if torch.compiler.is_compiling() else _squares(x)))
 
 
+@overridable
 def _squares(x: torch.Tensor) -> torch.Tensor:
     """`[B, H, W, C]` to `[B, ceil(H / 2), ceil(W / 2), 4 C]`: the left column of each square, then its right one."""
     if x.shape[1] % 2 or x.shape[2] % 2:
@@ -358,6 +362,14 @@ class SwinTransformer(Backbone):
         for stage in self.layers:
             x = stage(x)
             yield x
+
+    def _keep_maps(self, count: int, *, keep_norm: bool, keep_head: bool) -> None:
+        self.layers = self.layers[:count]
+        windows, grid = self._reference
+        self._reference = (windows[:count], grid)
+        self.num_features = self.head.in_features = self.feature_info[count - 1]["num_chs"]
+        if not keep_norm:
+            self.norm = nn.Identity()
 
     def _finish(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(x)

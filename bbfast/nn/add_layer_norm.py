@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from bbfast import ops
+from bbfast.ops._common import overridable
 
 
 class AddLayerNorm(nn.LayerNorm):
@@ -87,10 +88,7 @@ def apply_add_layer_norm(
         raise TypeError(f"norm must be an nn.LayerNorm, got {type(norm).__name__}")
     if len(norm.normalized_shape) != 1:
         raise ValueError(f"norm must normalise the last dimension alone, got normalized_shape={norm.normalized_shape}")
-    if residual.shape[-1] != norm.normalized_shape[0]:
-        raise ValueError(
-            f"norm is for {norm.normalized_shape[0]} channels but residual has shape {tuple(residual.shape)}"
-        )
+    residual = _with_channels(residual, norm.normalized_shape[0])
     drop = {}
     if drop_path is not None and not isinstance(drop_path, nn.Identity):
         if not hasattr(drop_path, "drop_prob"):
@@ -104,3 +102,11 @@ def apply_add_layer_norm(
             "scale_by_keep": getattr(drop_path, "scale_by_keep", True),
         }
     return ops.add_layer_norm(residual, branch, norm.weight, norm.bias, **drop, layer_scale=layer_scale, eps=norm.eps)
+
+
+@overridable
+def _with_channels(residual: torch.Tensor, channels: int) -> torch.Tensor:
+    """`residual` itself, if its last dimension is what the norm is for: one without weights cannot tell."""
+    if residual.shape[-1] != channels:
+        raise ValueError(f"norm is for {channels} channels but residual has shape {tuple(residual.shape)}")
+    return residual

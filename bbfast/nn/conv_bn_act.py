@@ -7,6 +7,7 @@ from torch import nn
 
 from bbfast import ops
 from bbfast.nn._batch_norm import batch_norm_arguments
+from bbfast.ops._common import overridable
 from bbfast.reference.activation import activation
 
 
@@ -54,6 +55,7 @@ def apply_conv_bn_act(
     )
 
 
+@overridable
 def to_inference_layout(x: torch.Tensor) -> torch.Tensor:
     """`x` in the memory format that a model of these layers runs fastest in; values are the same.
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bbfast.ops._common import overridable
 from bbfast.reference.activation import ACTIVATIONS, activation
 
 GATES = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
@@ -37,23 +38,31 @@ def apply_squeeze_excite(
     Raises:
         ValueError: a convolution that is not 1x1, shapes that do not fit, or an unknown act or gate.
     """
+    for name, conv in (("conv_reduce", conv_reduce), ("conv_expand", conv_expand)):
+        if conv.kernel_size != (1, 1) or conv.groups != 1:
+            raise ValueError(f"{name} must be a 1x1 convolution without groups, got {conv}")
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act!r} is not known; allowed: {', '.join(ACTIVATIONS)}")
     if gate not in GATES:
         raise ValueError(f"gate={gate!r} is not known; allowed: {', '.join(GATES)}")
+    reduce, expand = (conv_reduce.weight, conv_reduce.bias), (conv_expand.weight, conv_expand.bias)
+    return _squeeze_excite(x, squeezed, reduce, expand, act, gate, inplace)
+
+
+@overridable
+def _squeeze_excite(x, squeezed, reduce, expand, act, gate, inplace) -> torch.Tensor:
+    """The same with each convolution as its (weight, bias)."""
     if squeezed.shape != x.shape[:2]:
         raise ValueError(f"squeezed must have shape {tuple(x.shape[:2])}, [N, C] of x, got {tuple(squeezed.shape)}")
-    hidden = activation(_linear("conv_reduce", conv_reduce, squeezed), act)
-    factor = GATES[gate](_linear("conv_expand", conv_expand, hidden))[:, :, None, None]
+    hidden = activation(_linear("conv_reduce", *reduce, squeezed), act)
+    factor = GATES[gate](_linear("conv_expand", *expand, hidden))[:, :, None, None]
     if inplace and not torch.is_grad_enabled() and factor.dtype == x.dtype:
         return x.mul_(factor)
     return x * factor
 
 
-def _linear(name: str, conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """What the 1x1 convolution `conv` does to a 1x1 map whose channels are `x` [N, C]."""
-    if conv.kernel_size != (1, 1) or conv.groups != 1:
-        raise ValueError(f"{name} must be a 1x1 convolution without groups, got {conv}")
-    if x.shape[1] != conv.in_channels:
-        raise ValueError(f"{name} takes {conv.in_channels} channels, got {x.shape[1]}")
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
+def _linear(name: str, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """What the 1x1 convolution called `name` does to a 1x1 map whose channels are `x` [N, C]."""
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"{name} takes {weight.shape[1]} channels, got {x.shape[1]}")
+    return F.linear(x, weight.flatten(1), bias)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from bbfast.reference.activation import ACTIVATIONS
 from bbfast.triton_kernels.layout import is_channels_last, new_output
@@ -27,6 +29,22 @@ def define(schema: str, implementation: Callable, fake: Callable):
         LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"bbfast::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.bbfast, name).default
+
+
+def overridable(function: Callable) -> Callable:
+    """Decorator of a function whose first argument is a tensor: lets what only stands for one take the call.
+
+    That is torch's protocol for its own functions (`__torch_function__`). `torch.fx.symbolic_trace` so records one call
+    and does not look inside, where sizes are asked that it does not know.
+    """
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if args and has_torch_function_unary(args[0]):
+            return handle_torch_function(call, args[:1], *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def check_tensor(name: str, value, *, rank: int | None = None, layout: str = "") -> None:

@@ -257,6 +257,7 @@ class _AddLayerNorm(torch.autograd.Function):
 # ---- public function ---------------------------------------------------------------------------------------
 
 
+@_common.overridable
 def add_layer_norm(
     residual: torch.Tensor,
     branch: torch.Tensor | None,

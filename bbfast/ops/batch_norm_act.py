@@ -191,6 +191,7 @@ class _BatchNormAct(torch.autograd.Function):
 # ---- public function -------------------------------------------------------------------------------------
 
 
+@_common.overridable
 def batch_norm_act(
     x: torch.Tensor,
     weight: torch.Tensor | None,

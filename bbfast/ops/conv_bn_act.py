@@ -152,6 +152,7 @@ def _compose(
 # ---- public function -------------------------------------------------------------------------------------
 
 
+@_common.overridable
 def conv_bn_act(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -255,6 +255,7 @@ class _DepthwiseConvBNAct(torch.autograd.Function):
 # ---- public function -------------------------------------------------------------------------------------
 
 
+@_common.overridable
 def depthwise_conv_bn_act(
     x: torch.Tensor,
     weight: torch.Tensor,

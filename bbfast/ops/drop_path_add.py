@@ -152,6 +152,7 @@ class _DropPathAdd(torch.autograd.Function):
 # ---- public function ---------------------------------------------------------------------------------------
 
 
+@_common.overridable
 def drop_path_add(
     residual: torch.Tensor,
     branch: torch.Tensor,

@@ -232,6 +232,7 @@ class _WindowAttention(torch.autograd.Function):
 # ---- public function ---------------------------------------------------------------------------------------
 
 
+@_common.overridable
 def window_attention(
     qkv: torch.Tensor,
     relative_position_bias_table: torch.Tensor,

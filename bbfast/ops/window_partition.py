@@ -145,6 +145,7 @@ class _WindowReverse(torch.autograd.Function):
 # ---- public functions --------------------------------------------------------------------------------------
 
 
+@_common.overridable
 def window_partition(
     x: torch.Tensor,
     window_size: int | tuple[int, int],
@@ -187,6 +188,7 @@ def window_partition(
     return _partition(x, window_size, shift_size, pad_order)
 
 
+@_common.overridable
 def window_reverse(
     windows: torch.Tensor,
     window_size: int | tuple[int, int],
