@@ -1,4 +1,4 @@
-"""Preprocessing against timm to the bit, photos in odd formats, and the packaged weights' names."""
+"""Photos in odd formats, labels, and the packaged weights' names."""
 
 import random
 
@@ -6,102 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_photos import random_photo
 
-from bbfast.data import (
-    class_label,
-    create_transform,
-    imagenet_labels,
-    load_photo,
-    packaged_weights,
-    resolve_model_data_config,
-)
+from bbfast.data import class_label, imagenet_labels, load_photo, packaged_weights
 
 
 @pytest.fixture(scope="module")
 def timm():
     return pytest.importorskip("timm")
-
-
-def random_photo(width: int, height: int) -> Image.Image:
-    coarse = np.random.default_rng(random.randrange(2**31)).integers(0, 256, (7, 5, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-# ---- transforms ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("crop_mode", [None, "center", "squash", "border"])
-@pytest.mark.parametrize("size", [(3, 64, 64), (3, 65, 47), 33])
-@pytest.mark.parametrize("photo_size", [(101, 77), (53, 160), (20, 31)])
-def test_equals_timm_to_the_bit(timm, crop_mode, size, photo_size):
-    photo = random_photo(*photo_size)
-    arguments = {
-        "interpolation": random.choice(["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"]),
-        "crop_pct": random.choice([None, 0.875, 0.95, 1.0]),
-        "crop_mode": crop_mode,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-    }
-    print(arguments)
-    ours = create_transform(size, **arguments)(photo)
-    theirs = timm.data.create_transform(size, is_training=False, **arguments)(photo)
-    assert ours.dtype == torch.float32
-    assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("use_test_size", [False, True])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mobilenetv3_large_100",
-        "tf_mobilenetv3_small_100",
-        "tf_efficientnet_b4",
-        "efficientnet_b0",
-        "convnext_tiny",
-    ],
-)
-def test_config_equals_timm(timm, name, use_test_size):
-    class Model:
-        pretrained_cfg = timm.get_pretrained_cfg(name).to_dict()
-
-    ours = resolve_model_data_config(Model, use_test_size=use_test_size)
-    theirs = timm.data.resolve_data_config(pretrained_cfg=Model.pretrained_cfg, use_test_size=use_test_size)
-    assert ours == theirs
-    photo = random_photo(311, 203)
-    assert torch.equal(
-        create_transform(**ours, is_training=False)(photo),
-        timm.data.create_transform(**theirs, is_training=False)(photo),
-    )
-
-
-def test_config_without_a_pretrained_config_and_with_overrides(timm):
-    config = resolve_model_data_config(object())
-    assert config == timm.data.resolve_data_config(args={"interpolation": "bicubic"})
-    config = resolve_model_data_config(object(), {"mean": (0.5,), "crop_pct": 1.0, "crop_mode": None})
-    assert config["mean"] == (0.5, 0.5, 0.5)
-    assert config["crop_pct"] == 1.0
-    assert config["crop_mode"] == "center"
-    with pytest.raises(ValueError, match="crop_percent"):
-        resolve_model_data_config(object(), {"crop_percent": 1.0})
-    with pytest.raises(ValueError, match="mean must hold 1 or 3"):
-        resolve_model_data_config(object(), {"mean": (0.5, 0.5)})
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"interpolation": "cubic"}, "interpolation='cubic'"),
-        ({"crop_mode": "middle"}, "crop_mode='middle'"),
-        ({"crop_pct": -0.5}, "crop_pct=-0.5"),
-        ({"crop_pct": float("nan")}, "crop_pct=nan"),
-        ({"input_size": (3, 224, 224, 1)}, "input_size"),
-        ({"input_size": 0}, "input_size"),
-        ({"is_training": True}, "is_training"),
-    ],
-)
-def test_transform_rejects(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        create_transform(**arguments)
 
 
 # ---- photos ----------------------------------------------------------------------------------------------
@@ -129,6 +41,18 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / "deep.png")
     assert np.array_equal(np.asarray(load_photo(tmp_path / "deep.png"))[..., 1], np.arange(256).reshape(16, 16))
+
+
+def test_photo_of_floats_and_of_an_unknown_kind(tmp_path):
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "floats.tiff")
+    with pytest.raises(ValueError, match=r"floats\.tiff cannot be decoded: it holds floating point values"):
+        load_photo(tmp_path / "floats.tiff")
+    random_photo(9, 9).save(tmp_path / "texture.dds")
+    content = bytearray((tmp_path / "texture.dds").read_bytes())
+    content[80:84] = (8, 0, 0, 0)  # the flags of the pixel format
+    (tmp_path / "texture.dds").write_bytes(content)
+    with pytest.raises(ValueError, match=r"texture\.dds cannot be decoded"):
+        load_photo(tmp_path / "texture.dds")
 
 
 def test_what_is_no_photo_is_named(tmp_path):

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # What Pillow's decoders raise on damaged files, beside OSError.
 _DECODE_ERRORS = (
     OSError,
+    NotImplementedError,
     SyntaxError,
     ValueError,
     EOFError,
@@ -34,7 +35,8 @@ def load_photo(path: str | os.PathLike) -> Image.Image:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the path is no regular file, or its content is not an image, or is damaged or cut short.
+        ValueError: the path is no regular file, or its content is not an image, or is damaged or cut short, or holds
+            floating point values, of which nothing says what white is.
     """
     path = Path(path)
     if not path.exists():
@@ -54,6 +56,8 @@ def load_photo(path: str | os.PathLike) -> Image.Image:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("it holds floating point values, which have no known scale")
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255 instead of scaling
         values = np.asarray(image).clip(0, 65535)
         image = Image.fromarray((values // 257).astype(np.uint8))
