@@ -1,7 +1,29 @@
 """bbfast: the fastest vision backbones in PyTorch."""
 
 from bbfast import data, models, nn, ops
-from bbfast.models import create_model, is_model, list_models, register_model
+from bbfast.models import (
+    create_model,
+    get_pretrained_cfg,
+    is_model,
+    list_models,
+    list_modules,
+    list_pretrained,
+    model_entrypoint,
+    register_model,
+)
 
 __version__ = "0.1.0"
-__all__ = ["create_model", "data", "is_model", "list_models", "models", "nn", "ops", "register_model"]
+__all__ = [
+    "create_model",
+    "data",
+    "get_pretrained_cfg",
+    "is_model",
+    "list_models",
+    "list_modules",
+    "list_pretrained",
+    "model_entrypoint",
+    "models",
+    "nn",
+    "ops",
+    "register_model",
+]

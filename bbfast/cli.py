@@ -49,6 +49,10 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = commands.add_parser("list", help="names of models")
     listing.add_argument("pattern", nargs="*", metavar="PATTERN", help="wildcards in quotes, e.g. 'mobilenetv3*'")
+    listing.add_argument("--pretrained", action="store_true", help="only names with known weights, with their tags")
+    listing.add_argument("--tags", action="store_true", help="with the tags of all weights: architecture.tag")
+    listing.add_argument("--module", action="append", metavar="NAME", help="only of this module, e.g. mobilenetv3")
+    listing.add_argument("--exclude", action="append", metavar="PATTERN", help="leave out what matches")
     listing.set_defaults(command=_list)
 
     classify = commands.add_parser("classify", help="what a model sees in photos")
@@ -99,11 +103,29 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
 
 
 def _list(args: argparse.Namespace) -> int:
-    # A pattern with a dot asks for tags: weights, of which an architecture can have several.
-    names = bbfast.list_models(args.pattern, include_tags=any("." in pattern for pattern in args.pattern))
+    from bbfast.commands._common import CommandError
+
+    if unknown := set(args.module or ()) - set(bbfast.list_modules()):
+        known = ", ".join(bbfast.list_modules())
+        raise CommandError(f"--module: there is no module {min(unknown)}; there are {known}")
+    names = bbfast.list_models(
+        args.pattern,
+        args.module or "",
+        pretrained=args.pretrained,
+        exclude_filters=args.exclude or "",
+        # A pattern with a dot asks for tags, too: weights, of which an architecture can have several.
+        include_tags=args.tags or args.pretrained or any("." in pattern for pattern in args.pattern),
+    )
     if not names:
-        print(f"bbfast list: no model matches {' or '.join(args.pattern)}", file=sys.stderr)
-        return 1
+        asked = " or ".join(args.pattern) or "this"
+        raise CommandError(f"no model matches {asked}{_described_filters(args)}")
     print("\n".join(names))
     sys.stdout.flush()  # a closed pipe shows here, not when the interpreter ends
     return 0
+
+
+def _described_filters(args: argparse.Namespace) -> str:
+    parts = [f"in {' or '.join(args.module)}"] if args.module else []
+    parts += ["with weights"] if args.pretrained else []
+    parts += [f"without {' or '.join(args.exclude)}"] if args.exclude else []
+    return "".join(f" {part}" for part in parts)

@@ -229,9 +229,43 @@ def test_list_of_tags(capsys):
     assert capsys.readouterr().out.split() == bbfast.list_models("efficientnet_b0.*", include_tags=True)
 
 
-def test_list_without_a_match(capsys):
-    assert main(["list", "vgg*"]) == 1
-    assert "no model matches vgg*" in error_line(capsys)
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        (["--pretrained"], {"pretrained": True}),
+        (["mobilenetv2*", "--pretrained"], {"filter": "mobilenetv2*", "pretrained": True}),
+        (["mobilenetv2*", "--tags"], {"filter": "mobilenetv2*", "include_tags": True}),
+        (
+            ["--module", "mobilenetv3", "--module=swin_transformer", "--exclude", "tf_*", "--exclude", "swin_*_224"],
+            {"module": ["mobilenetv3", "swin_transformer"], "exclude_filters": ["tf_*", "swin_*_224"]},
+        ),
+        (
+            ["*_b0", "--tags", "--exclude", "*.in1k"],
+            {"filter": "*_b0", "include_tags": True, "exclude_filters": "*.in1k"},
+        ),
+    ],
+)
+def test_list_with_options(options, arguments, capsys):
+    assert main(["list", *options]) == 0
+    names = capsys.readouterr().out.split()
+    assert names == bbfast.list_models(**arguments) and names
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["vgg*"], "no model matches vgg*"),
+        (
+            ["swin*", "efficientnet*", "--module", "mobilenetv3", "--pretrained", "--exclude", "a*"],
+            "no model matches swin* or efficientnet* in mobilenetv3 with weights without a*",
+        ),
+        (["--exclude", "*"], "no model matches this without *"),
+        (["--module", "vit"], "--module: there is no module vit; there are "),
+    ],
+)
+def test_list_without_a_match(options, message, capsys):
+    assert main(["list", *options]) == 1
+    assert f"bbfast list: {message}" in error_line(capsys)
 
 
 # ---- classify --------------------------------------------------------------------------------------------
@@ -378,7 +412,8 @@ def test_weights_that_cannot_be_fetched(photo, capsys, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("the hub is\nout of reach")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", refuse)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **kwargs: None)
     assert main(["classify", photo, "--model", SMALL_MODEL + ".lamb_in1k"]) == 1
     assert SMALL_MODEL in error_line(capsys)
 

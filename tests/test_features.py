@@ -336,13 +336,12 @@ def test_checkpoint_of_another_window(tmp_path):
     )
 
 
-def test_pretrained(monkeypatch, tmp_path):
+def test_pretrained():
     """The weights of the whole model, whatever its classes, adapted to the input's channels."""
     whole = random_state(SMALL)
-    save_file(whole, tmp_path / "model.safetensors")
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file, cache_dir=None: str(tmp_path / file))
-    assert_holds(bbfast.create_model(SMALL, pretrained=True, features_only=True, out_indices=(0, 3)), whole)
-    gray = bbfast.create_model(SMALL, pretrained=True, features_only=True, in_chans=1, num_classes=10)
+    arguments = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": whole}, "features_only": True}
+    assert_holds(bbfast.create_model(SMALL, out_indices=(0, 3), **arguments), whole)
+    gray = bbfast.create_model(SMALL, in_chans=1, num_classes=10, **arguments)
     torch.testing.assert_close(gray.conv_stem.weight.detach(), whole["conv_stem.weight"].sum(1, keepdim=True))
 
 

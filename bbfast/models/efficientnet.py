@@ -21,6 +21,7 @@ from bbfast.models._factory import register_variants
 from bbfast.models._layers import conv_bn_act, create_conv2d, resolve_act, round_channels
 from bbfast.models._pool import GlobalPool2d
 from bbfast.models._pretrained import HALF_MEAN_STD
+from bbfast.models._registry import register_model_deprecations
 from bbfast.nn import BatchNormAct2d
 from bbfast.nn._arguments import check_int
 
@@ -306,3 +307,20 @@ def _scaled(scales: dict[str, tuple[float, float]]) -> dict[str, dict]:
 register_variants(_mobilenet_v2, PRETRAINED_CFGS, _MOBILENET_V2_VARIANTS, FEATURE_CFG)
 register_variants(_efficientnet, PRETRAINED_CFGS, _scaled(_SCALES), FEATURE_CFG)
 register_variants(_efficientnet_lite, PRETRAINED_CFGS, _scaled(_LITE_SCALES), FEATURE_CFG)
+
+# ---- old names -------------------------------------------------------------------------------------------
+
+_AP = {f"tf_efficientnet_b{size}_ap": f"tf_efficientnet_b{size}.ap_in1k" for size in range(9)}
+_NS = {f"tf_efficientnet_b{size}_ns": f"tf_efficientnet_b{size}.ns_jft_in1k" for size in range(8)}
+
+register_model_deprecations(
+    __name__,
+    {
+        **_AP,
+        **_NS,
+        "tf_efficientnet_l2_ns_475": "tf_efficientnet_l2.ns_jft_in1k_475",
+        "tf_efficientnet_l2_ns": "tf_efficientnet_l2.ns_jft_in1k",
+        "efficientnet_b2a": "efficientnet_b2",
+        "efficientnet_b3a": "efficientnet_b3",
+    },
+)

@@ -19,6 +19,7 @@ from bbfast.models._factory import register_variants
 from bbfast.models._layers import create_conv2d, resolve_act, round_channels
 from bbfast.models._pool import GlobalPool2d
 from bbfast.models._pretrained import HALF_MEAN_STD, UNIT_MEAN_STD
+from bbfast.models._registry import register_model_deprecations
 from bbfast.reference.activation import activation
 
 
@@ -237,4 +238,14 @@ _VARIANTS = {
 register_variants(_mobilenet_v3, PRETRAINED_CFGS, _VARIANTS, FEATURE_CFG)
 register_variants(
     _mobilenet_v3_rw, PRETRAINED_CFGS, {"mobilenetv3_rw": {"head_bias": False, "bn_eps": BN_EPS_TF}}, FEATURE_CFG
+)
+
+# ---- old names -------------------------------------------------------------------------------------------
+
+register_model_deprecations(
+    __name__,
+    {
+        "mobilenetv3_large_100_miil": "mobilenetv3_large_100.miil_in21k_ft_in1k",
+        "mobilenetv3_large_100_miil_in21k": "mobilenetv3_large_100.miil_in21k",
+    },
 )

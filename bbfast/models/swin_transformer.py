@@ -19,6 +19,7 @@ from bbfast.models._backbone import Backbone
 from bbfast.models._classifier_head import ClassifierHead
 from bbfast.models._factory import register_variants
 from bbfast.models._pretrained import PretrainedCfg
+from bbfast.models._registry import register_model_deprecations
 from bbfast.models._swin_weights import adapt_state_dict, resample_patch_embed
 from bbfast.nn._arguments import check_bool, check_int, check_ints, check_probability
 from bbfast.nn.swin_block import SwinBlock
@@ -555,3 +556,15 @@ _VARIANTS = {
 }
 
 register_variants(SwinTransformer, PRETRAINED_CFGS, _VARIANTS, {"flatten_sequential": True})
+
+# ---- old names -------------------------------------------------------------------------------------------
+
+register_model_deprecations(
+    __name__,
+    {
+        "swin_base_patch4_window7_224_in22k": "swin_base_patch4_window7_224.ms_in22k",
+        "swin_base_patch4_window12_384_in22k": "swin_base_patch4_window12_384.ms_in22k",
+        "swin_large_patch4_window7_224_in22k": "swin_large_patch4_window7_224.ms_in22k",
+        "swin_large_patch4_window12_384_in22k": "swin_large_patch4_window12_384.ms_in22k",
+    },
+)
