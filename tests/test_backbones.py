@@ -21,6 +21,8 @@ MODELS = {
     "mobilenetv3_small_050": {},
     "mobilenetv2_035": {},
     "efficientnet_lite0": {},
+    "regnety_002": {},
+    "regnetv_040": {"w0": 24, "wa": 24.0, "wm": 2.5, "depth": 8, "group_size": 8},
     "swin_tiny_patch4_window7_224": {
         "embed_dim": 16,
         "depths": (2, 2, 2, 2),

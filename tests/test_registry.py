@@ -288,7 +288,7 @@ def test_tags():
 def test_every_tag_says_what_timm_says():
     timm = pytest.importorskip("timm")
     names = bbfast.list_models(include_tags=True)
-    assert len(names) >= 101
+    assert len(names) >= 168
     for name in names:
         ours, theirs = models.get_pretrained_cfg(name).to_dict(), timm.get_pretrained_cfg(name).to_dict()
         assert ours.items() <= theirs.items(), name
