@@ -1,7 +1,7 @@
 """Writes docs/models.md: which of timm's models bbfast has, and why it lacks the others.
 
-    python docs/coverage.py            # writes the page
-    python docs/coverage.py --check    # exits with 1 where the page is out of date
+python docs/coverage.py            # writes the page
+python docs/coverage.py --check    # exits with 1 where the page is out of date
 """
 
 from __future__ import annotations
