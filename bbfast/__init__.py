@@ -1,6 +1,6 @@
 """bbfast: the fastest vision backbones in PyTorch."""
 
-from bbfast import data, models, nn, ops
+from bbfast import data, design_space, models, nn, ops
 from bbfast.models import (
     create_model,
     get_pretrained_cfg,
@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "create_model",
     "data",
+    "design_space",
     "get_pretrained_cfg",
     "is_model",
     "list_models",

@@ -1,4 +1,4 @@
-"""The command `bbfast`: classify photos, list models, say what can run here, and a demo.
+"""The command `bbfast`: classify photos, list models, sample design spaces, say what can run here, and a demo.
 
 Exit codes: 0 done, 1 something given cannot be used (one line on stderr says what), 2 wrong usage.
 """
@@ -74,7 +74,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_device(demo)
     demo.set_defaults(command=_command("demo"))
+
+    _add_design_space(commands.add_parser("design-space", help="random networks of a design space, and their errors"))
     return parser
+
+
+def _add_design_space(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_command("design_space"))
+    actions = parser.add_subparsers(required=True, metavar="ACTION", dest="action")
+
+    sample = actions.add_parser("sample", help="draw configurations of a given cost")
+    sample.add_argument("space", metavar="NAME", help="AnyNetXA to AnyNetXE, RegNetX, RegNetY, RegNetXRefined, ...")
+    sample.add_argument("-n", "--count", type=_positive, default=100, metavar="N", help="how many, default 100")
+    sample.add_argument(
+        "--flops", type=float, nargs=2, metavar=("LOW", "HIGH"), help="multiply-adds of one image, e.g. 360e6 400e6"
+    )
+    sample.add_argument("--image-size", type=_positive, default=224, metavar="N", help="pixels, default 224")
+    sample.add_argument("--seed", type=_natural, default=0, metavar="N", help="default 0")
+    sample.add_argument(
+        "--max-tries",
+        type=_positive,
+        default=100_000,
+        metavar="N",
+        help="candidates in a row that may miss --flops, default 100000",
+    )
+    sample.add_argument("--json", metavar="FILE", help="write the configurations there instead of a table")
+
+    edf = actions.add_parser("edf", help="how the errors of trained configurations are distributed")
+    edf.add_argument("files", nargs="+", metavar="FILE", help="what `sample --json` wrote, with an error per model")
+    edf.add_argument("--plot", metavar="FILE", help="draw the distributions: .png, .pdf, .svg; needs matplotlib")
+    edf.add_argument(
+        "--confidence", type=_share, default=0.95, metavar="P", help="share within the bands, default 0.95"
+    )
+    edf.add_argument("--resamples", type=_positive, default=1000, metavar="N", help="bootstrap draws, default 1000")
+    edf.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the bootstrap, default 0")
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +123,22 @@ def _positive(text: str) -> int:
     value = int(text) if text.isascii() and text.isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def _natural(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below 1")
     return value
 
 

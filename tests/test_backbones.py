@@ -22,7 +22,7 @@ MODELS = {
     "mobilenetv2_035": {},
     "efficientnet_lite0": {},
     "regnety_002": {},
-    "regnetv_040": {"w0": 24, "wa": 24.0, "wm": 2.5, "depth": 8, "group_size": 8},
+    "regnetv_040": {"w0": 24, "wa": 36.44, "wm": 2.49, "depth": 13, "group_size": 8},
     "swin_tiny_patch4_window7_224": {
         "embed_dim": 16,
         "depths": (2, 2, 2, 2),

@@ -65,6 +65,8 @@ class BatchNormAct2d(_ActivationGuard, nn.BatchNorm2d):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Takes `[N, C, H, W]` x and, to be added before the activation, a residual of the same shape."""
+        if isinstance(x, torch.Tensor):  # else one that stands for it while a graph is traced, or the op objects
+            self._check_input_dim(x)
         statistics, keywords = batch_norm_arguments(self)
         return ops.batch_norm_act(x, *statistics, residual=residual, act=self.act, **keywords)
 
