@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from numerics import assert_within_rule, check_op, poison_new_empty
 
-from bbfast import dispatch, nn
+from bbfast import dispatch, extension, nn
 from bbfast.ops import depthwise_conv_bn_act as op
 from bbfast.reference.activation import ACTIVATIONS
 from bbfast.reference.depthwise_conv_bn_act import depthwise_conv_bn_act as reference
@@ -145,6 +145,12 @@ CASES = {
     "nhwc_k5_s2_train_relu": Case((1, 8, 7, 9), (5, 5), (2, 2), (2, 2, 2, 2), act="relu", bias=True),
     "nhwc_k7_larger_than_map_frozen": Case((1, 8, 4, 5), (7, 7), padding=(3, 3, 3, 3), act="gelu", training=False),
     "nhwc_no_batch_norm_identity": Case((2, 9, 6, 5), act="identity", bias=True, batch_norm=False, training=False),
+    "nhwc_k7_convolution_alone": Case(
+        (1, 9, 3, 4), (7, 7), padding=(3, 3, 3, 3), act="identity", bias=True, batch_norm=False, training=False
+    ),
+    "nchw_k5_dilated_convolution_alone": Case(
+        (1, 2, 5, 4), (5, 5), (1, 1), (4, 4, 4, 4), (2, 2), "identity", False, False, bias=True, batch_norm=False
+    ),
     "nchw_k3_s2_asymmetric_train": Case((2, 3, 9, 11), stride=(2, 2), padding=(0, 1, 0, 1), channels_last=False),
     "nchw_5x3_dilated_frozen_bias": Case(
         (2, 3, 11, 9), (5, 3), (2, 1), (2, 1, 0, 3), (1, 2), "relu6", False, False, bias=True, squeeze=True
@@ -312,6 +318,47 @@ def test_reference_gradcheck(device, on_reference):
 def test_reference_agrees_with_torch(device, on_reference):
     for name in ("nhwc_k3_s2_same_train_squeeze_vectors", "nchw_5x3_dilated_frozen_bias"):
         CASES[name].run(device)
+
+
+ALONE = [
+    Case((2, 24, 9, 10), (7, 7), padding=(3, 3, 3, 3), bias=True),
+    Case((3, 9, 5, 4), (7, 7), padding=(3, 3, 3, 3), bias=False),
+    Case((2, 16, 8, 7), (5, 5), padding=(4, 4, 4, 4), dilation=(2, 2), bias=True, squeeze=True),
+    Case((2, 7, 8, 7), (3, 3), (2, 1), (0, 1, 2, 1), bias=True, channels_last=False),
+]
+
+
+@pytest.mark.filterwarnings("ignore:depthwise_conv_bn_act.* falls back")
+@pytest.mark.parametrize("case", ALONE, ids=lambda case: f"{case.kernel[0]}x{case.kernel[1]}_{case.shape[1]}")
+@pytest.mark.parametrize("backend", ["cpp", "onednn", "torch"])
+def test_convolution_alone_on_the_cpu(backend, case, monkeypatch):
+    """No BatchNorm and no activation, as ConvNeXt has it: result and gradients of input, weight and bias."""
+    monkeypatch.setenv("BBFAST_BACKEND", backend)
+    case = dataclasses.replace(case, act="identity", batch_norm=False, training=False)
+    ours = case.run("cpu")
+    takes = {"cpp": case.channels_last and extension.load() is not None, "onednn": True, "torch": True}
+    assert dispatch.last_choices()["depthwise_conv_bn_act"].backend == (backend if takes[backend] else "torch")
+    assert ours.keys() == {"y", "dx", "dweight"} | ({"dbias"} if case.bias else set()) | (
+        {"squeeze"} if case.squeeze else set()
+    )
+
+
+def test_convolution_alone_under_autocast(on_reference):
+    """As torch's conv2d: everything in half precision, gradients in the leaves' own."""
+    x, weight, bias = torch.randn(2, 6, 8, 9), torch.randn(6, 1, 7, 7), torch.randn(6)
+    leaves = [[t.clone().requires_grad_() for t in (x, weight, bias)] for _ in range(2)]
+    grad_out = torch.randn(2, 6, 8, 9).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = op(leaves[0][0], leaves[0][1], *[None] * 4, bias=leaves[0][2], padding=3, act="identity")
+        theirs = F.conv2d(*leaves[1], padding=3, groups=6)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    exact = F.conv2d(*(t.bfloat16().double() for t in (x, weight, bias)), padding=3, groups=6)
+    assert_within_rule("y", ours, exact, theirs)
+    for y in (ours, theirs):
+        y.backward(grad_out)
+    for mine, other in zip(*leaves):
+        assert mine.grad.dtype == other.grad.dtype == torch.float32
+        torch.testing.assert_close(mine.grad, other.grad, rtol=0.05, atol=0.05 * other.grad.abs().max().item())
 
 
 def test_channel_multiplier_runs_on_the_reference(device, monkeypatch):

@@ -30,7 +30,8 @@ SMALL = "mobilenetv3_small_050"  # its first map is the stem's
 # Two blocks a stage, few channels: every path of a Swin in a fraction of its time.
 SHALLOW = {"embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 2, 4), "img_size": (64, 92)}
 NAMES = bbfast.list_models()
-HUGE = [name for name in NAMES if re.search("_(b[5-8]|l2)$|swin_large|regnety_(640|1280|2560)", name)]
+_HUGE = r"_(b[5-8]|l2)$|swin_large|regnety_(640|1280|2560)|convnext\w*_(large|x+large|huge)"
+HUGE = [name for name in NAMES if re.search(_HUGE, name)]
 ONE_OF_EACH_KIND = [SMALL, "mobilenetv3_large_075", "tf_efficientnet_b0", "efficientnet_lite0", "mobilenetv2_035", TINY]
 QUICK = [*ONE_OF_EACH_KIND, "mobilenetv3_small_100", "mobilenetv3_rw", "mobilenetv2_110d", "efficientnet_b0"]
 ONE_PER_FAMILY = [SMALL, "mobilenetv2_035", TINY]

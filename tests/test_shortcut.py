@@ -62,6 +62,10 @@ DEPTHWISE_CALLS = [
     {"stride": (1, 1), "dilation": (1, 1), "padding": (1, 1)},
     {"stride": (2, 1), "dilation": (1, 2), "padding": (0, 1, 3, 2), "act": "hardswish", "squeeze": True},
     {"stride": (2, 2), "dilation": (1, 1), "padding": (0, 0), "bias": torch.randn(12), "act": "gelu"},
+    {
+        **{"bn_weight": None, "bn_bias": None, "running_mean": None, "running_var": None},
+        **{"bias": torch.randn(12), "act": "identity", "padding": (1, 1)},
+    },
 ]
 PLAIN = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
 

@@ -1,6 +1,6 @@
 """Backbones with timm's names and state_dict keys, and the registry that makes them."""
 
-from bbfast.models import efficientnet, mobilenetv3, regnet, swin_transformer
+from bbfast.models import convnext, efficientnet, mobilenetv3, regnet, swin_transformer
 from bbfast.models._checkpoint import load_checkpoint
 from bbfast.models._factory import create_model
 from bbfast.models._features import FeatureDictNet, FeatureInfo, FeatureListNet
@@ -33,6 +33,7 @@ __all__ = [
     "FeatureListNet",
     "PretrainedCfg",
     "UnknownModelError",
+    "convnext",
     "create_model",
     "efficientnet",
     "generate_default_cfgs",

@@ -2,9 +2,12 @@
 
 from bbfast.nn.add_layer_norm import AddLayerNorm, apply_add_layer_norm
 from bbfast.nn.batch_norm_act import BatchNormAct2d, SyncBatchNormAct2d, convert_sync_batchnorm
+from bbfast.nn.channel_norm import LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
 from bbfast.nn.conv_bn_act import ConvBNAct, apply_conv_bn_act, to_inference_layout
+from bbfast.nn.convnext_block import ConvNeXtBlock
 from bbfast.nn.depthwise_conv_bn_act import DepthwiseConvBNAct, apply_depthwise_conv_bn_act
 from bbfast.nn.drop_path_add import DropPath, DropPathAdd
+from bbfast.nn.global_response_norm import GlobalResponseNorm
 from bbfast.nn.squeeze_excite import apply_squeeze_excite
 from bbfast.nn.swin_block import SwinBlock
 from bbfast.nn.window_attention import ShiftedWindowAttention, WindowAttention
@@ -13,10 +16,18 @@ __all__ = [
     "AddLayerNorm",
     "BatchNormAct2d",
     "ConvBNAct",
+    "ConvNeXtBlock",
     "DepthwiseConvBNAct",
     "DropPath",
     "DropPathAdd",
+    "GlobalResponseNorm",
+    "LayerNorm",
+    "LayerNorm2d",
+    "RmsNorm",
+    "RmsNorm2d",
     "ShiftedWindowAttention",
+    "SimpleNorm",
+    "SimpleNorm2d",
     "SwinBlock",
     "SyncBatchNormAct2d",
     "WindowAttention",

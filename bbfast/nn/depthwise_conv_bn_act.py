@@ -11,13 +11,13 @@ from bbfast.nn.conv_bn_act import apply_conv_bn_act
 
 
 def apply_depthwise_conv_bn_act(
-    conv: nn.Conv2d, bn: nn.BatchNorm2d, x: torch.Tensor, *, act: str, squeeze: bool = False, padding=None
+    conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: torch.Tensor, *, act: str, squeeze: bool = False, padding=None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Runs `conv`, `bn` and `act` as one op; the modules only lend their parameters and state.
 
     Args:
         conv: depthwise (groups == in_channels), zero padding.
-        bn: a BatchNorm2d, in train or eval mode. In train mode a SyncBatchNorm runs unfused.
+        bn: a BatchNorm2d, in train or eval mode, or None. In train mode a SyncBatchNorm runs unfused.
         x: `[N, C, H, W]`.
         act: see `bbfast.ops.depthwise_conv_bn_act`.
         squeeze: also return the spatial means `[N, C]`.
@@ -33,7 +33,7 @@ def apply_depthwise_conv_bn_act(
     if isinstance(bn, nn.SyncBatchNorm) and (bn.training or bn.running_mean is None):
         y = apply_conv_bn_act(conv, bn, x, act=act, padding=padding)
         return (y, y.mean((2, 3))) if squeeze else y
-    statistics, keywords = batch_norm_arguments(bn)
+    statistics, keywords = ((None, None, None, None), {}) if bn is None else batch_norm_arguments(bn)
     return ops.depthwise_conv_bn_act(
         x,
         conv.weight,

@@ -60,17 +60,20 @@ def depthwise_conv_bn_act_backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of x, weight, bias, bn_weight and bn_bias (None where there is no such input).
 
-    Recomputes the convolution and its statistics, then calls the backward functions that torch's autograd calls.
+    Recomputes the convolution and its statistics where they matter (not to a convolution alone), then calls the
+    backward functions that torch's autograd calls.
     """
-    z = padded_conv(x, weight, bias, stride, padding, dilation, x.shape[1])
-    statistics = (None, None) if training else (running_mean, running_var)
-    normalised, mean, invstd = batch_norm(z, bn_weight, bn_bias, *statistics, training, 0.0, eps)
     if grad_squeeze is not None:
-        grad_y = grad_y + (grad_squeeze / (z.shape[2] * z.shape[3]))[:, :, None, None]
-    grad_z = activation_backward(grad_y.to(z.dtype), normalised, act)
-
+        grad_y = grad_y + (grad_squeeze / (grad_y.shape[2] * grad_y.shape[3]))[:, :, None, None]
+    grad_z = grad_y.to(x.dtype)
     grad_bn_weight = grad_bn_bias = None
-    if training or running_mean is not None:
+    normalises = training or running_mean is not None
+    if normalises or act != "identity":
+        z = padded_conv(x, weight, bias, stride, padding, dilation, x.shape[1])
+        statistics = (None, None) if training else (running_mean, running_var)
+        normalised, mean, invstd = batch_norm(z, bn_weight, bn_bias, *statistics, training, 0.0, eps)
+        grad_z = activation_backward(grad_z, normalised, act)
+    if normalises:
         mask = [True, bn_weight is not None, bn_bias is not None]
         grad_z, grad_bn_weight, grad_bn_bias = torch.ops.aten.native_batch_norm_backward(
             grad_z, z, bn_weight, *statistics, mean, invstd, training, eps, mask
