@@ -23,6 +23,8 @@ MODELS = {
     "efficientnet_lite0": {},
     "convnext_tiny": {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64), "ls_init_value": 0.1},
     "convnextv2_atto": {"depths": (1, 1, 2, 1), "norm_layer": "simplenorm"},
+    "resnet18": {},
+    "seresnext26t_32x4d": {"layers": (1, 1, 1, 1), "cardinality": 2},
     "regnety_002": {},
     "regnetv_040": {"w0": 24, "wa": 36.44, "wm": 2.49, "depth": 13, "group_size": 8},
     "swin_tiny_patch4_window7_224": {

@@ -1,6 +1,6 @@
 """Backbones with timm's names and state_dict keys, and the registry that makes them."""
 
-from bbfast.models import convnext, efficientnet, mobilenetv3, regnet, swin_transformer
+from bbfast.models import convnext, efficientnet, mobilenetv3, regnet, resnet, swin_transformer
 from bbfast.models._checkpoint import load_checkpoint
 from bbfast.models._factory import create_model
 from bbfast.models._features import FeatureDictNet, FeatureInfo, FeatureListNet
@@ -55,6 +55,7 @@ __all__ = [
     "register_model",
     "register_model_deprecations",
     "regnet",
+    "resnet",
     "safe_model_name",
     "save_for_hf",
     "split_model_name_tag",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -126,7 +126,9 @@ class Backbone(nn.Module):
 
         Outputs and gradients stay the same. BatchNorm's running statistics take the batch in twice, as in timm.
         """
-        self.grad_checkpointing = enable
+        for module in self.modules():
+            if hasattr(module, "grad_checkpointing"):
+                module.grad_checkpointing = enable
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -153,11 +155,15 @@ class Backbone(nn.Module):
             self.reset_classifier(0, "")
         return kept
 
-    def _run(self, blocks: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
-        """One block after the other, each recomputed in the backward pass where that is asked for."""
-        recompute = self.grad_checkpointing and torch.is_grad_enabled()
-        for block in blocks:
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+    def _run(self, stage: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+        """What a stage makes of x, each of its blocks recomputed in the backward pass where that is asked for.
+
+        Else the stage itself is called, so that its hooks run.
+        """
+        if not self.grad_checkpointing or not torch.is_grad_enabled():
+            return stage(x)
+        for block in stage:
+            x = checkpoint(block, x, use_reentrant=False)
         return x
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bbfast.nn import BatchNormAct2d, apply_conv_bn_act, apply_depthwise_conv_bn_act, apply_squeeze_excite
+from bbfast.reference.activation import activation
 
 # timm's names of activations, and the names that ops know.
 ACT_NAMES = {
@@ -32,6 +33,20 @@ def resolve_act(act_layer: str) -> str:
     if act_layer not in ACT_NAMES:
         raise ValueError(f"act_layer={act_layer!r} is not known; allowed: {', '.join(ACT_NAMES)}")
     return ACT_NAMES[act_layer]
+
+
+class Activation(nn.Module):
+    """An activation by the ops' name, for the places where a model shows one as a module of its own."""
+
+    def __init__(self, act: str):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return activation(x, self.act)
+
+    def extra_repr(self) -> str:
+        return f"act={self.act!r}"
 
 
 def make_divisible(value: float, divisor: int = 8, minimum: int | None = None, round_limit: float = 0.9) -> int:
@@ -97,6 +112,16 @@ def depthwise_conv_bn_act(conv: nn.Conv2d, bn: BatchNormAct2d, x: torch.Tensor, 
 
 def _padding(conv: nn.Conv2d) -> str | None:
     return "same" if isinstance(conv, Conv2dSame) else None
+
+
+# ---- pooling ---------------------------------------------------------------------------------------------
+
+
+class AvgPool2dSame(nn.Module):
+    """Means of each pixel, its right, lower and lower right neighbours; outside of the map there are zeros."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 2, 1)
 
 
 # ---- squeeze-and-excite ----------------------------------------------------------------------------------

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bbfast.models._layers import SEModule, create_conv2d
+from bbfast.models._layers import AvgPool2dSame, SEModule, create_conv2d
 from bbfast.models._regnet_rule import bottleneck_width
 from bbfast.nn import BatchNormAct2d, DropPathAdd, apply_conv_bn_act
 from bbfast.reference.activation import activation
@@ -78,20 +77,6 @@ def resolve_norm(norm_layer: str | Callable[..., nn.Module]) -> Callable[..., nn
     return _NORMS[norm_layer]
 
 
-class Activation(nn.Module):
-    """An activation by the ops' name."""
-
-    def __init__(self, act: str):
-        super().__init__()
-        self.act = act
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return activation(x, self.act)
-
-    def extra_repr(self) -> str:
-        return f"act={self.act!r}"
-
-
 # ---- convolutions ----------------------------------------------------------------------------------------
 
 
@@ -153,13 +138,6 @@ def _conv(conv: nn.Conv2d, x: torch.Tensor, residual: torch.Tensor | None = None
 # ---- shortcuts -------------------------------------------------------------------------------------------
 
 
-class _AvgPool2dSame(nn.Module):
-    """Means of 2x2 windows at stride 1; the last row and column count pixels beyond the edge as zeros."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 2, 1)
-
-
 def _shortcut(
     kind: str | None, in_chs: int, out_chs: int, *, stride: int, dilation: tuple[int, int], preact: bool, **factory
 ) -> nn.Module | None:
@@ -171,7 +149,7 @@ def _shortcut(
     if kind == "conv1x1":
         return _projection(in_chs, out_chs, stride=stride, preact=preact, **factory)
     if dilation[0] > 1:
-        pool = _AvgPool2dSame()
+        pool = AvgPool2dSame()
     else:
         pool = nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
     return nn.Sequential(pool, _projection(in_chs, out_chs, stride=1, preact=preact, **factory))

@@ -296,11 +296,6 @@ class ConvNeXt(Backbone):
         shapes = {key: tuple(value.shape) for key, value in self.state_dict().items()}
         return partial(adapt_state_dict, shapes=shapes)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks recompute their activations in the backward pass instead of keeping them."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
     def get_classifier(self) -> nn.Module:
         """The last layer (`nn.Identity` where num_classes is 0)."""
         return self.head.fc

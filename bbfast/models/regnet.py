@@ -18,11 +18,10 @@ from torch import nn
 from bbfast.models._backbone import Backbone, prepare_images
 from bbfast.models._classifier_head import ClassifierHead
 from bbfast.models._factory import register_variants
-from bbfast.models._layers import resolve_act
+from bbfast.models._layers import Activation, resolve_act
 from bbfast.models._pretrained import PretrainedCfg
 from bbfast.models._registry import register_model_deprecations
 from bbfast.models._regnet_blocks import (
-    Activation,
     Bottleneck,
     ConvNormAct,
     GroupNormAct,
@@ -197,15 +196,6 @@ class AnyNet(Backbone):
         return self.head(x, pre_logits)
 
     # ---- what one does with a model
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks recompute their activations in the backward pass instead of keeping them.
-
-        Outputs and gradients stay the same. BatchNorm's running statistics take the batch in twice, as in timm.
-        """
-        super().set_grad_checkpointing(enable)
-        for stage in self._stages:
-            stage.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         """The last layer (`nn.Identity` where num_classes is 0)."""

@@ -435,11 +435,6 @@ class SwinTransformer(Backbone):
         }
         return partial(adapt_state_dict, patch_size=self.patch_embed.patch_size, window_sizes=tables)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks recompute their activations in the backward pass instead of keeping them."""
-        for stage in self.layers:
-            stage.grad_checkpointing = enable
-
     def get_classifier(self) -> nn.Module:
         """The last layer (`nn.Identity` where num_classes is 0)."""
         return self.head.fc
