@@ -205,6 +205,20 @@ def test_reset_classifier_agrees(name, num_classes, global_pool):
         assert ours(images()).shape == theirs(images()).shape
 
 
+@pytest.mark.parametrize("changed", ["constructor", "reset_classifier"])
+def test_an_unpooled_map_has_no_linear_classifier(changed):
+    for name in ("resnet18", "regnety_002", "efficientnet_lite0"):
+        model = ours_of(name)
+        before = model.get_classifier()
+        with pytest.raises(ValueError, match=r"global_pool='' leaves a map.* num_classes=0, got 5"):
+            if changed == "constructor":
+                ours_of(name, global_pool="")
+            else:
+                model.reset_classifier(5, "")
+        assert model.get_classifier() is before
+        assert model.forward_head(torch.zeros(2, model.num_features, 2, 2)).shape == (2, 5)  # it still pools
+
+
 # ---- training --------------------------------------------------------------------------------------------
 
 

@@ -793,7 +793,7 @@ def test_hooks_on_stages_blocks_and_norms_run():
         (
             {"head_norm_first": True, "global_pool": ""},
             ValueError,
-            "global_pool='' is not allowed with head_norm_first",
+            "global_pool='' leaves a map",
         ),
         ({"head_hidden_size": 0}, ValueError, "head_hidden_size=0"),
         ({"global_pool": "catavgmax"}, ValueError, "global_pool='catavgmax' is not allowed; .* must keep the channels"),

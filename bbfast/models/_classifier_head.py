@@ -16,7 +16,8 @@ class ClassifierHead(nn.Module):
     Args:
         in_features: channels of the map.
         num_classes: classes; 0 leaves the classifier out.
-        pool_type: see `GlobalPool2d`; `""` classifies each pixel.
+        pool_type: see `GlobalPool2d`; `""` classifies each pixel of a channels_last map, else it goes with
+            num_classes=0.
         drop_rate: dropout before the classifier.
         channels_last: maps are `[N, H, W, C]` instead of `[N, C, H, W]`.
 
@@ -44,9 +45,9 @@ class ClassifierHead(nn.Module):
     def reset(self, num_classes: int, pool_type: str | None = None, *, device=None, dtype=None) -> None:
         """A fresh classifier; pool_type None keeps the pooling. Nothing changes where an argument is wrong."""
         check_int("num_classes", num_classes, minimum=0)
-        if pool_type is not None:
-            pool = GlobalPool2d(pool_type, flatten=True, channels_last=self.channels_last)
-            self.global_pool = pool.train(self.training)
+        pool = self.global_pool if pool_type is None else GlobalPool2d(pool_type, True, self.channels_last)
+        pool.check_classifier(num_classes)
+        self.global_pool = pool.train(self.training)
         self.num_features = self.in_features * self.global_pool.feat_mult()
         fc = nn.Linear(self.num_features, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
         self.fc = fc.train(self.training)

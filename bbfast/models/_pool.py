@@ -42,6 +42,14 @@ class GlobalPool2d(nn.Module):
         """How many output channels there are per input channel."""
         return 2 if self._pool == "catavgmax" else 1
 
+    def check_classifier(self, num_classes: int) -> None:
+        """Raises ValueError where nothing pools a map `[N, C, H, W]` that a linear classifier is to take."""
+        if num_classes and not self._pool and not self.channels_last:
+            raise ValueError(
+                "global_pool='' leaves a map, which no linear classifier takes; it goes with num_classes=0, got "
+                f"{num_classes}"
+            )
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._pool:
             return x

@@ -252,7 +252,6 @@ class ConvNeXt(Backbone):
             return NormMlpClassifierHead(self.num_features, num_classes, **arguments)
         if hidden_size is not None:
             raise ValueError(f"head_hidden_size={hidden_size!r} is not allowed with head_norm_first=True")
-        _check_pooled(num_classes, global_pool)
         return ClassifierHead(self.num_features, num_classes, **arguments)
 
     @property
@@ -311,8 +310,6 @@ class ConvNeXt(Backbone):
         if isinstance(self.head, NormMlpClassifierHead):
             self.head.reset(num_classes, global_pool, reset_other=reset_other, in_features=self.num_features, **factory)
         else:
-            pool_type = self.head.global_pool.pool_type if global_pool is None else global_pool
-            _check_pooled(check_int("num_classes", num_classes, minimum=0), pool_type)
             self.head.in_features = self.num_features
             self.head.reset(num_classes, global_pool, **factory)
         self.num_classes = num_classes
@@ -333,11 +330,6 @@ class ConvNeXt(Backbone):
 def _check_one_of(name: str, value, allowed) -> None:
     if value not in tuple(allowed):
         raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(map(repr, allowed))}")
-
-
-def _check_pooled(num_classes: int, pool_type: str) -> None:
-    if num_classes and not pool_type:
-        raise ValueError("global_pool='' is not allowed with head_norm_first=True unless num_classes=0")
 
 
 def _four(name: str, values) -> tuple[int, ...]:

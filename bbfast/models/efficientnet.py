@@ -31,7 +31,7 @@ class EfficientNet(EfficientNetTrunk):
 
     Args:
         num_features: channels of conv_head, which are those of `forward_features`.
-        global_pool: see `GlobalPool2d`; `""` leaves the map unpooled.
+        global_pool: see `GlobalPool2d`; `""`, which leaves the map unpooled, goes with num_classes=0.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class EfficientNet(EfficientNetTrunk):
         self.bn2 = BatchNormAct2d(num_features, eps=bn_eps, momentum=bn_momentum, act=resolve_act(act_layer), **factory)
         self.num_features = num_features
         self.global_pool = GlobalPool2d(global_pool, flatten=True)
+        self.global_pool.check_classifier(num_classes)
         self.head_hidden_size = num_features * self.global_pool.feat_mult()
         self.classifier = self._make_classifier(num_classes)
         init_weights(self)
@@ -88,6 +89,7 @@ class EfficientNet(EfficientNetTrunk):
         """Replaces the classifier by a fresh one, and the pooling unless global_pool is None."""
         pool = self.global_pool if global_pool is None else GlobalPool2d(global_pool, flatten=True)
         check_int("num_classes", num_classes, minimum=0)
+        pool.check_classifier(num_classes)
         self.num_classes = num_classes
         self.global_pool = pool.train(self.training)
         self.head_hidden_size = self.num_features * pool.feat_mult()

@@ -201,10 +201,7 @@ class ResNet(Backbone):
     def _set_classifier(self, num_classes: int, global_pool: str) -> None:
         check_int("num_classes", num_classes, minimum=0)
         pool = GlobalPool2d(global_pool, flatten=True)
-        if not global_pool and num_classes:
-            raise ValueError(
-                f"global_pool='' leaves a map, which no classifier takes; it goes with num_classes=0, got {num_classes}"
-            )
+        pool.check_classifier(num_classes)
         weight = next(self.conv1.parameters())
         self.num_classes = num_classes
         self.global_pool = pool.train(self.training)
