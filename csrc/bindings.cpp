@@ -9,6 +9,7 @@
 #include "shortcut.h"
 #include "window_attention.h"
 #include "window_tensors.h"
+#include "winograd_conv_bn_act.h"
 #ifdef BBFAST_WITH_CUDA
 #include "device_info.h"
 #endif
@@ -92,6 +93,14 @@ at::Tensor pointwise(
   return pointwise_conv_bn_act_cpu(x, weight, bn, residual, act);
 }
 
+at::Tensor winograd(
+    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
+    const OptionalTensor& bn_bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& residual, std::array<int64_t, 4> padding, double eps, const std::string& act) {
+  const BatchNorm bn{bias, bn_weight, bn_bias, running_mean, running_var, eps};
+  return winograd_conv_bn_act_cpu(x, weight, bn, residual, padding, act);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -124,4 +133,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("window_places", &window_places, py::arg("vectors"), py::arg("map_size"), py::arg("pixel_bytes"),
         py::arg("vector_bytes"), py::arg("window_size"), py::arg("shift_size"), py::arg("pad_first"), py::arg("wide"),
         "Byte offsets [N, 2] into map and windows of the CUDA kernel's vectors, for tests.");
+  m.def("winograd_conv_bn_act", &winograd, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("bn_weight"),
+        py::arg("bn_bias"), py::arg("running_mean"), py::arg("running_var"), py::arg("residual"), py::arg("padding"),
+        py::arg("eps"), py::arg("act"), py::call_guard<py::gil_scoped_release>(),
+        "3x3 conv + BatchNorm + residual + act of a channels_last float32 CPU map, stride 1, by Winograd's F(2x2, 3x3).");
+  m.def("winograd_pays", &winograd_pays, py::arg("x"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
+        py::arg("dilation"), py::arg("groups"), "Whether winograd_conv_bn_act is quicker than oneDNN.");
 }

@@ -342,14 +342,10 @@ struct InstructionSet {
 
 InstructionSet best_instruction_set() {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) {
-    return {"avx512", choose_row_avx512};
-  }
-  if (avx2) return {"avx2", choose_row_avx2};
-#endif
+  return best_of<InstructionSet>({"baseline", choose_row_baseline}, {"avx2", choose_row_avx2}, {"avx512", choose_row_avx512});
+#else
   return {"baseline", choose_row_baseline};
+#endif
 }
 
 const InstructionSet INSTRUCTION_SET = best_instruction_set();

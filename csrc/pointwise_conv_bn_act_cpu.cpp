@@ -186,14 +186,10 @@ struct InstructionSet {
 
 InstructionSet best_instruction_set() {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) {
-    return {lanes<Vec16>, run_rows_avx512};
-  }
-  if (avx2) return {lanes<Vec8>, run_rows_avx2};
-#endif
+  return best_of<InstructionSet>({lanes<Vec4>, run_rows_baseline}, {lanes<Vec8>, run_rows_avx2}, {lanes<Vec16>, run_rows_avx512});
+#else
   return {lanes<Vec4>, run_rows_baseline};
+#endif
 }
 
 const InstructionSet INSTRUCTION_SET = best_instruction_set();

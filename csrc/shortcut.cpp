@@ -15,6 +15,7 @@
 
 #include "depthwise_conv_bn_act.h"
 #include "pointwise_conv_bn_act.h"
+#include "winograd_conv_bn_act.h"
 
 namespace py = pybind11;
 
@@ -173,7 +174,7 @@ py::object try_pointwise_conv_bn_act(py::args args) {
   const std::optional<at::Tensor> bias = read.optional_tensor(), residual = read.optional_tensor();
   const auto stride = read.integers<2>(1);
   const auto padding = read.padding();
-  read.integers<2>(1);  // dilation, which one tap does not feel
+  const auto dilation = read.integers<2>(1);
   const int64_t groups = read.integer();
   const bool training = read.boolean();
   read.magnitude();  // momentum, which only training uses
@@ -181,10 +182,13 @@ py::object try_pointwise_conv_bn_act(py::args args) {
   const std::string act = read.text();
 
   if (!read.reaches_cpu_kernel() || training || groups != 1) return py::none();
-  if (stride != std::array<int64_t, 2>{1, 1} || padding != std::array<int64_t, 4>{}) return py::none();
   if (!is_channels_last(x) || x.numel() == 0) return py::none();
-  if (weight.dim() != 4 || weight.size(2) != 1 || weight.size(3) != 1) return py::none();
   const BatchNorm bn{bias, bn_weight, bn_bias, mean, var, eps};
+  if (winograd_pays(x, weight, stride, padding, dilation, groups)) {
+    return run_kernel([&] { return winograd_conv_bn_act_cpu(x, weight, bn, residual, padding, act); });
+  }
+  if (stride != std::array<int64_t, 2>{1, 1} || padding != std::array<int64_t, 4>{}) return py::none();
+  if (weight.dim() != 4 || weight.size(2) != 1 || weight.size(3) != 1) return py::none();
   return run_kernel([&] { return pointwise_conv_bn_act_cpu(x, weight, bn, residual, act); });
 }
 

@@ -99,6 +99,17 @@ template <class V> BBFAST_INLINE void clamp(V& v, float low, float high) {
   v = v > h ? h : v;
 }
 
+// ---- instruction sets -----------------------------------------------------------------------------------------
+
+// What this machine runs quickest of a kernel compiled for each of the three.
+#if defined(__x86_64__)
+template <class Kernel> Kernel best_of(const Kernel& baseline, const Kernel& avx2, const Kernel& avx512) {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return baseline;
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") ? avx512 : avx2;
+}
+#endif
+
 // ---- names --------------------------------------------------------------------------------------------------
 
 [[maybe_unused]] Act parse_act(const std::string& name) {

@@ -192,6 +192,144 @@ def test_pointwise_extension_says_why_not(reason, changes, monkeypatch):
         conv_bn_act(**arguments, **bn)
 
 
+# (N, C, O, H, W, padding): tiles that hang over odd edges, one row or column, edges on all sides of a tile, channels
+# that no vector divides, panels of two vectors and of one, more than one group of panels, more than one chain.
+WINOGRAD_SHAPES = [
+    (2, 16, 24, 7, 7, (1, 1, 1, 1)),
+    (1, 13, 37, 10, 9, (0, 0, 0, 0)),
+    (30, 5, 3, 1, 2, (1, 1, 1, 1)),
+    (2, 24, 40, 1, 21, (1, 1, 0, 0)),
+    (3, 30, 8, 20, 1, (0, 2, 1, 1)),
+    (1, 64, 90, 12, 15, (2, 0, 1, 2)),
+    (1, 530, 16, 9, 6, (1, 1, 1, 1)),
+    (2, 9, 150, 14, 14, (1, 0, 0, 1)),
+    (6, 2, 4, 3, 3, (0, 0, 0, 0)),
+    (0, 8, 4, 6, 6, (1, 1, 1, 1)),
+]
+
+
+@needs_extension
+@pytest.mark.parametrize("shape", WINOGRAD_SHAPES, ids=str)
+@pytest.mark.parametrize("has_bias, has_bn, has_residual", list(itertools.product((False, True), repeat=3)))
+def test_winograd(shape, has_bias, has_bn, has_residual, monkeypatch):
+    force(monkeypatch, "cpp")
+    n, c, o, h, w, padding = shape
+    source = torch.randn(n, c, h, w) + 2 * torch.rand(1)
+    dense = torch.randn(o, c, 3, 3) / (3 * c**0.5)
+    weights = [dense, dense.contiguous(memory_format=torch.channels_last), dense.mT.contiguous().mT]
+    bias = torch.randn(o) if has_bias else None
+    bn = batch_norm_tensors(o) if has_bn else [None] * 4
+    geometry = ((1, 1), padding, (1, 1), 1)
+    size = (n, o, h + padding[0] + padding[1] - 2, w + padding[2] + padding[3] - 2)
+    residuals = itertools.cycle(layouts(torch.randn(size)).values() if has_residual else [None])
+    maps = [layout for name, layout in layouts(source).items() if "channels_last" in name]
+    for act, x, weight, residual in zip(ACTIVATIONS, itertools.cycle(maps), itertools.cycle(weights), residuals):
+        y = conv_bn_act(x, weight, *bn, bias=bias, residual=residual, padding=padding, act=act)
+        expect(y, x, weight, bias, bn, residual, *geometry, 1e-5, act, act)
+        if n > 0:
+            assert y.is_contiguous(memory_format=torch.channels_last)
+            assert dispatch.last_choices()["conv_bn_act"].backend == "cpp"
+
+
+@needs_extension
+@pytest.mark.parametrize("mean, weight_mean", [(0, 0), (30, 0), (0, 1), (-5, 2)])
+@pytest.mark.parametrize("channels, size", [(32, 28), (128, 14), (512, 7)])
+def test_winograd_rounds_no_worse_than_the_rule(channels, size, mean, weight_mean, monkeypatch):
+    force(monkeypatch, "cpp")
+    x = (torch.randn(2, channels, size, size) + mean).contiguous(memory_format=torch.channels_last)
+    weight = (torch.randn(64, channels, 3, 3) + weight_mean) / (3 * channels**0.5)
+    y = conv_bn_act(x, weight, *[None] * 4, padding=1, act="identity")
+    expect(y, x, weight, None, [None] * 4, None, (1, 1), (1, 1, 1, 1), (1, 1), 1, 1e-5, "identity")
+
+
+@needs_extension
+@pytest.mark.parametrize("tiles", [1, 30])
+def test_winograd_does_not_depend_on_threads(tiles, monkeypatch):
+    force(monkeypatch, "cpp")
+    x = torch.randn(tiles, 20, 2, 2).contiguous(memory_format=torch.channels_last)
+    weight, bn = torch.randn(40, 20, 3, 3), batch_norm_tensors(40)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append(conv_bn_act(x, weight, *bn, padding=1, act="silu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@needs_extension
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize("padding", [(1, 1, 1, 1), (0, 2, 2, 0)])
+@pytest.mark.parametrize("act", ["identity", "gelu"])
+def test_winograd_keeps_what_is_not_finite_in_its_window(value, padding, act, monkeypatch):
+    """3e38 is finite, but not when two are added, as the transform does."""
+    force(monkeypatch, "cpp")
+    clean = torch.randn(3, 26, 7, 8).contiguous(memory_format=torch.channels_last)
+    x, weight, bn = clean.clone(), torch.randn(37, 26, 3, 3), batch_norm_tensors(37)
+    x[1, 5, 4:7, 3] = value
+    weight[:, 5] *= 1e-3
+    residual = torch.randn(3, 37, 7, 8).contiguous(memory_format=torch.channels_last)
+    y, before = (conv_bn_act(m, weight, *bn, residual=residual, padding=padding, act=act) for m in (x, clean))
+    tensors = (x, weight, None, *bn, residual)
+    settings = ((1, 1), padding, (1, 1), 1, False, 0.1, 1e-5, act)
+    torch_y = reference(*tensors, *settings)
+    assert torch.equal(y.isnan(), torch_y.isnan()) and torch.equal(y.isinf(), torch_y.isinf())
+    exact = reference(*[t if t is None else t.double() for t in tensors], *settings)
+    finite = torch_y.isfinite()
+    small = finite & (exact.abs() < 1e6)
+    assert not finite.all() or value == 3e38
+    assert_within_rule("small", y[small], exact[small], torch_y[small])
+    assert_within_rule("finite", y[finite], exact[finite], torch_y[finite])
+    for sample in (0, 2):
+        assert torch.equal(y[sample], before[sample])
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "reason, changes",
+    [
+        ("does not have stride 1", {"stride": 2}),
+        ("does not have stride 1", {"dilation": (1, 2)}),
+        ("does not have stride 1", {"padding": (3, 0, 0, 0)}),
+        ("not pointwise", {"groups": 2, "weight": torch.zeros(6, 2, 3, 3)}),
+        ("not channels_last", {"x": torch.zeros(2, 4, 5, 5)}),
+    ],
+)
+def test_winograd_says_why_not(reason, changes, monkeypatch):
+    force(monkeypatch, "cpp")
+    x = torch.zeros(2, 5, 5, 4).permute(0, 3, 1, 2)
+    arguments = {"x": x, "weight": torch.zeros(6, 4, 3, 3), **changes}
+    bn = dict(zip(("bn_weight", "bn_bias", "running_mean", "running_var"), batch_norm_tensors(6)))
+    with pytest.raises(dispatch.BackendUnavailableError, match=reason):
+        conv_bn_act(**arguments, **bn)
+
+
+@needs_extension
+@needs_onednn
+@pytest.mark.parametrize(
+    "channels, out_channels, batch, size, backend",
+    [
+        (24, 24, 8, 3, "cpp"),
+        (16, 64, 8, 8, "onednn"),
+        (64, 16, 8, 8, "onednn"),
+        (64, 64, 1, 4, "onednn"),
+        (64, 64, 9, 2, "onednn"),
+    ],
+)
+def test_winograd_runs_where_it_pays(channels, out_channels, batch, size, backend, monkeypatch):
+    monkeypatch.delenv("BBFAST_BACKEND", raising=False)
+    x = torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
+    weight, bn = torch.randn(out_channels, channels, 3, 3) / (3 * channels**0.5), batch_norm_tensors(out_channels)
+    with torch.no_grad():
+        y = conv_bn_act(x, weight, *bn, padding=1)
+    expect(y, x, weight, None, bn, None, (1, 1), (1, 1, 1, 1), (1, 1), 1, 1e-5, "relu")
+    choice = dispatch.last_choices()["conv_bn_act"]
+    assert choice.backend == backend
+    assert backend == "cpp" or any("to gain from Winograd" in reason for reason in choice.reasons)
+
+
 @needs_onednn
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("pixels", [1, 5])
@@ -212,6 +350,7 @@ def test_activations_with_and_without_residual(act, pixels, memory_format, backe
     "backend, kernel, groups, memory_format",
     [
         pytest.param("cpp", 1, 1, torch.channels_last, marks=needs_extension),
+        pytest.param("cpp", 3, 1, torch.channels_last, marks=needs_extension),
         *[
             pytest.param("onednn", *case, memory_format, marks=needs_onednn)
             for case in ((1, 1), (3, 1), (3, 8))
@@ -294,7 +433,11 @@ def train_step(layer):
 )
 @pytest.mark.parametrize(
     "backend, kernel",
-    [pytest.param("cpp", 1, marks=needs_extension), pytest.param("onednn", 3, marks=needs_onednn)],
+    [
+        pytest.param("cpp", 1, marks=needs_extension),
+        pytest.param("cpp", 3, marks=needs_extension),
+        pytest.param("onednn", 3, marks=needs_onednn),
+    ],
 )
 @pytest.mark.filterwarnings("ignore::bbfast.dispatch.FallbackWarning")  # of the train step
 def test_changes_of_parameters_count_at_once(change, backend, kernel, monkeypatch):

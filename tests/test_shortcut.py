@@ -58,6 +58,17 @@ POINTWISE_CALLS = [
     {"residual": torch.randn(2, 20, 9, 6).contiguous(memory_format=torch.channels_last), "stride": (1, 1)},
     {"bn_weight": None, "bn_bias": None, "running_mean": None, "running_var": None, "padding": (0, 0, 0, 0)},
 ]
+WINOGRAD = {  # a 3x3 convolution that Winograd's transform makes quicker
+    "x": torch.randn(2, 26, 9, 6).contiguous(memory_format=torch.channels_last),
+    "weight": torch.nn.Parameter(torch.randn(30, 26, 3, 3)),
+    **{name: torch.rand(30) + 0.5 for name in ("bn_weight", "bn_bias", "running_mean", "running_var")},
+    "padding": (1, 1),
+}
+WINOGRAD_CALLS = [
+    WINOGRAD,
+    {**WINOGRAD, "bias": torch.randn(30), "act": "gelu", "padding": (0, 1, 2, 1)},
+    {**WINOGRAD, "residual": torch.randn(2, 30, 9, 6).contiguous(memory_format=torch.channels_last)},
+]
 DEPTHWISE_CALLS = [
     {"stride": (1, 1), "dilation": (1, 1), "padding": (1, 1)},
     {"stride": (2, 1), "dilation": (1, 2), "padding": (0, 1, 3, 2), "act": "hardswish", "squeeze": True},
@@ -72,7 +83,8 @@ PLAIN = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
-    ("depthwise", "changes"), [(False, c) for c in POINTWISE_CALLS] + [(True, c) for c in DEPTHWISE_CALLS]
+    ("depthwise", "changes"),
+    [(False, c) for c in POINTWISE_CALLS + WINOGRAD_CALLS] + [(True, c) for c in DEPTHWISE_CALLS],
 )
 def test_both_ways_agree(depthwise, changes, mode, long_way, monkeypatch):
     changes = {**PLAIN, **arguments(depthwise), **changes}
@@ -105,6 +117,7 @@ OTHER_ARGUMENTS = [
 @pytest.mark.parametrize(
     ("depthwise", "changes"),
     [(depthwise, changes) for depthwise in (False, True) for changes in OTHER_ARGUMENTS]
+    + [(False, {**WINOGRAD, **change}) for change in ({"dilation": (2, 2)}, {"padding": (3, 3)}, {"stride": (2, 2)})]
     + [(False, {"stride": (2, 2)}), (False, {"padding": (1, 1)}), (True, {"weight": torch.randn(24, 1, 3, 3)})],
 )
 def test_other_arguments_go_the_long_way(depthwise, changes, long_way):

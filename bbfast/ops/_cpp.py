@@ -44,6 +44,31 @@ def pointwise_conv_bn_act(
     )
 
 
+def winograd_unsupported_reasons(x, weight, stride, padding, dilation, groups) -> list[str]:
+    """Why a 3x3 convolution should not go through Winograd's transform (empty: it should).
+
+    Where `BBFAST_BACKEND=cpp` leaves no other kernel, it may be slower than oneDNN.
+    """
+    if tuple(stride) != (1, 1) or tuple(dilation) != (1, 1) or groups != 1 or max(padding) > 2:
+        return ["the 3x3 convolution does not have stride 1, dilation 1, groups 1 and a padding of at most 2"]
+    if env.backend() == "cpp" or extension.load() is None:
+        return []
+    if not extension.load().winograd_pays(x, weight, stride, padding, dilation, groups):
+        return ["the 3x3 convolution has too few channels or pixels to gain from Winograd's transform"]
+    return []
+
+
+def winograd_conv_bn_act(
+    x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, padding, eps, act
+) -> torch.Tensor:
+    """`act(batch_norm(conv3x3(x)) + residual)` at stride 1; x channels_last, slices included."""
+    if residual is not None and not _common.is_channels_last(residual):
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    return extension.load().winograd_conv_bn_act(
+        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, padding, eps, act
+    )
+
+
 def depthwise_conv_bn_act(x, *args) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(y, squeeze means or None) of `act(batch_norm(conv(x)))`; x channels_last, slices included.
 
