@@ -5,6 +5,7 @@
 
 #include "build_config.h"  // written by setup.py
 #include "depthwise_conv_bn_act.h"
+#include "grouped_conv_bn_act.h"
 #include "pointwise_conv_bn_act.h"
 #include "shortcut.h"
 #include "window_attention.h"
@@ -85,12 +86,21 @@ std::tuple<at::Tensor, at::Tensor> depthwise(
   return depthwise_conv_bn_act_cpu(x, weight, bn, stride, padding, dilation, act, squeeze);
 }
 
+at::Tensor grouped(
+    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
+    const OptionalTensor& bn_bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& residual, std::array<int64_t, 2> stride, std::array<int64_t, 4> padding, int64_t groups,
+    double eps, const std::string& act) {
+  const BatchNorm bn{bias, bn_weight, bn_bias, running_mean, running_var, eps};
+  return grouped_conv_bn_act_cpu(x, weight, bn, residual, stride, padding, groups, act);
+}
+
 at::Tensor pointwise(
     const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
     const OptionalTensor& bn_bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-    const OptionalTensor& residual, double eps, const std::string& act) {
+    const OptionalTensor& residual, std::array<int64_t, 2> stride, double eps, const std::string& act) {
   const BatchNorm bn{bias, bn_weight, bn_bias, running_mean, running_var, eps};
-  return pointwise_conv_bn_act_cpu(x, weight, bn, residual, act);
+  return pointwise_conv_bn_act_cpu(x, weight, bn, residual, stride, act);
 }
 
 at::Tensor winograd(
@@ -112,9 +122,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("dilation"), py::arg("eps"), py::arg("act"), py::arg("squeeze"),
         py::call_guard<py::gil_scoped_release>(),
         "Depthwise conv + BatchNorm + act of a channels_last float32 CPU map: (y, squeeze means or empty).");
+  m.def("grouped_conv_bn_act", &grouped, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("bn_weight"),
+        py::arg("bn_bias"), py::arg("running_mean"), py::arg("running_var"), py::arg("residual"), py::arg("stride"),
+        py::arg("padding"), py::arg("groups"), py::arg("eps"), py::arg("act"), py::call_guard<py::gil_scoped_release>(),
+        "Grouped conv + BatchNorm + residual + act of a channels_last float32 CPU map.");
+  m.def("grouped_pays", &grouped_pays, py::arg("weight"), py::arg("dilation"), py::arg("groups"),
+        "Whether grouped_conv_bn_act is quicker than oneDNN.");
   m.def("pointwise_conv_bn_act", &pointwise, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("bn_weight"),
-        py::arg("bn_bias"), py::arg("running_mean"), py::arg("running_var"), py::arg("residual"), py::arg("eps"),
-        py::arg("act"), py::call_guard<py::gil_scoped_release>(),
+        py::arg("bn_bias"), py::arg("running_mean"), py::arg("running_var"), py::arg("residual"), py::arg("stride"),
+        py::arg("eps"), py::arg("act"), py::call_guard<py::gil_scoped_release>(),
         "Pointwise conv + BatchNorm + residual + act of a channels_last float32 CPU map.");
   m.def("try_depthwise_conv_bn_act", &try_depthwise_conv_bn_act,
         "(y, squeeze means or empty) where checks and dispatcher would lead to the kernel, else None.");

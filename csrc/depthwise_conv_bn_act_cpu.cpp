@@ -20,6 +20,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "checks.h"
 #include "vectors.h"
 
 namespace bbfast {
@@ -352,41 +353,14 @@ const InstructionSet INSTRUCTION_SET = best_instruction_set();
 
 // ---- checks -------------------------------------------------------------------------------------------------
 
-void check_float_cpu(const char* name, const at::Tensor& t) {
-  TORCH_CHECK_VALUE(t.defined(), name, " must be a tensor, got None");
-  TORCH_CHECK_VALUE(t.layout() == at::kStrided, name, " must be a dense tensor, got layout ", t.layout());
-  TORCH_CHECK_VALUE(t.device().is_cpu(), name, " must be on the CPU, got ", t.device());
-  TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat, name, " must be float32, got ", t.scalar_type());
-}
-
-template <size_t COUNT>
-void check_at_least(const char* name, const std::array<int64_t, COUNT>& values, int64_t minimum) {
-  for (const int64_t value : values) {
-    TORCH_CHECK_VALUE(value >= minimum, name, " holds ", value, "; it must be at least ", minimum);
-  }
-}
-
-int64_t output_size(
-    char axis, int64_t size, int64_t before, int64_t after, int64_t kernel, int64_t dilation, int64_t stride) {
-  const int64_t padded = size + before + after;
-  const int64_t extent = (kernel - 1) * dilation + 1;
-  TORCH_CHECK_VALUE(
-      padded >= extent,
-      "weight spans ", extent, " pixels along ", axis, " but the padded x has only ", padded);
-  return (padded - extent) / stride + 1;
-}
-
 void check_tensors(const at::Tensor& x, const at::Tensor& weight) {
-  check_float_cpu("x", x);
-  TORCH_CHECK_VALUE(x.dim() == 4, "x must have 4 dimensions [N, C, H, W], got shape ", x.sizes());
+  check_float_cpu("x", x, 4);
   const int64_t channels = x.size(1);
   TORCH_CHECK_VALUE(channels > 0, "x has no channels: shape ", x.sizes());
+  check_channels_together("x", x);
+  check_float_cpu("weight", weight, 4);
   TORCH_CHECK_VALUE(
-      channels == 1 || x.stride(1) == 1,
-      "x must be channels_last (stride 1 along C), got strides ", x.strides());
-  check_float_cpu("weight", weight);
-  TORCH_CHECK_VALUE(
-      weight.dim() == 4 && weight.size(0) == channels && weight.size(1) == 1 && weight.numel() > 0,
+      weight.size(0) == channels && weight.size(1) == 1 && weight.numel() > 0,
       "weight must have shape [", channels, ", 1, kh, kw] with C as in x, got ", weight.sizes());
 }
 

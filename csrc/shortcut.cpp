@@ -14,6 +14,7 @@
 #include <string>
 
 #include "depthwise_conv_bn_act.h"
+#include "grouped_conv_bn_act.h"
 #include "pointwise_conv_bn_act.h"
 #include "winograd_conv_bn_act.h"
 
@@ -181,15 +182,18 @@ py::object try_pointwise_conv_bn_act(py::args args) {
   const double eps = read.magnitude();
   const std::string act = read.text();
 
-  if (!read.reaches_cpu_kernel() || training || groups != 1) return py::none();
-  if (!is_channels_last(x) || x.numel() == 0) return py::none();
+  if (!read.reaches_cpu_kernel() || training) return py::none();
+  if (!is_channels_last(x) || x.numel() == 0 || weight.dim() != 4) return py::none();
   const BatchNorm bn{bias, bn_weight, bn_bias, mean, var, eps};
+  if (grouped_pays(weight, dilation, groups)) {
+    return run_kernel([&] { return grouped_conv_bn_act_cpu(x, weight, bn, residual, stride, padding, groups, act); });
+  }
   if (winograd_pays(x, weight, stride, padding, dilation, groups)) {
     return run_kernel([&] { return winograd_conv_bn_act_cpu(x, weight, bn, residual, padding, act); });
   }
-  if (stride != std::array<int64_t, 2>{1, 1} || padding != std::array<int64_t, 4>{}) return py::none();
-  if (weight.dim() != 4 || weight.size(2) != 1 || weight.size(3) != 1) return py::none();
-  return run_kernel([&] { return pointwise_conv_bn_act_cpu(x, weight, bn, residual, act); });
+  if (groups != 1 || padding != std::array<int64_t, 4>{}) return py::none();
+  if (weight.size(2) != 1 || weight.size(3) != 1) return py::none();  // one tap does not feel a dilation
+  return run_kernel([&] { return pointwise_conv_bn_act_cpu(x, weight, bn, residual, stride, act); });
 }
 
 py::object try_depthwise_conv_bn_act(py::args args) {

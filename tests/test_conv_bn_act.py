@@ -147,25 +147,97 @@ def test_pointwise_extension(shape, act, has_bias, has_bn, has_residual, monkeyp
 
 
 @needs_extension
-def test_pointwise_extension_takes_a_slice_of_channels(monkeypatch):
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 3), (3, 2)])
+def test_pointwise_extension_takes_strides_and_slices(stride, monkeypatch):
     force(monkeypatch, "cpp")
-    x = torch.randn(2, 20, 5, 6).contiguous(memory_format=torch.channels_last)[:, 3:11]
     weight, bn = torch.randn(9, 8, 1, 1), batch_norm_tensors(9)
-    y = conv_bn_act(x, weight, *bn, act="gelu")
-    expect(y, x, weight, None, bn, None, (1, 1), (0, 0, 0, 0), (1, 1), 1, 1e-5, "gelu")
+    for layout in ("channels_last", "sliced_channels_last"):
+        x = layouts(torch.randn(3, 8, 15, 14))[layout]
+        y = conv_bn_act(x, weight, *bn, stride=stride, act="gelu")
+        expect(y, x, weight, None, bn, None, stride, (0, 0, 0, 0), (1, 1), 1, 1e-5, "gelu", layout)
+        residual = layouts(torch.randn(y.shape))[layout]
+        y = conv_bn_act(x, weight, *bn, stride=stride, residual=residual)
+        expect(y, x, weight, None, bn, residual, stride, (0, 0, 0, 0), (1, 1), 1, 1e-5, "relu", layout)
+
+
+# (N, groups, input and output channels of each, H, W, stride, padding): panels of one, two and three vectors and what
+# hangs over them, quads in wide and in narrow vectors, tiles of every size, columns that taps leave out.
+GROUPED_SHAPES = [
+    (2, 3, 24, 24, 7, 9, (1, 1), (1, 1, 1, 1)),
+    (1, 2, 24, 24, 11, 19, (2, 2), (1, 1, 1, 1)),
+    (2, 5, 8, 8, 13, 15, (2, 2), (1, 1, 1, 1)),
+    (1, 2, 8, 8, 3, 37, (1, 1), (0, 0, 0, 0)),
+    (1, 2, 16, 16, 22, 23, (1, 1), (1, 1, 1, 1)),
+    (3, 7, 4, 4, 6, 5, (1, 1), (1, 1, 1, 1)),
+    (1, 6, 4, 4, 9, 31, (2, 2), (1, 1, 1, 1)),
+    (4, 2, 16, 16, 1, 10, (1, 1), (1, 1, 1, 1)),
+    (4, 2, 40, 40, 10, 1, (1, 1), (1, 1, 1, 1)),
+    (1, 2, 32, 32, 9, 6, (1, 2), (2, 0, 0, 2)),
+    (2, 3, 12, 12, 8, 7, (1, 1), (2, 2, 2, 2)),
+    (2, 3, 6, 10, 9, 8, (2, 1), (0, 1, 2, 2)),
+    (1, 2, 3, 56, 4, 5, (1, 1), (1, 1, 1, 1)),
+    (6, 2, 8, 8, 3, 2, (1, 1), (2, 2, 2, 2)),
+    (6, 4, 4, 8, 2, 2, (3, 3), (5, 4, 4, 5)),
+    (1, 10, 24, 24, 50, 28, (1, 1), (1, 1, 1, 1)),
+    (0, 2, 8, 8, 5, 5, (1, 1), (1, 1, 1, 1)),
+]
 
 
 @needs_extension
-def test_pointwise_extension_does_not_depend_on_threads(monkeypatch):
+@pytest.mark.parametrize("shape", GROUPED_SHAPES, ids=str)
+@pytest.mark.parametrize("has_bias, has_bn, has_residual", list(itertools.product((False, True), repeat=3)))
+def test_grouped_extension(shape, has_bias, has_bn, has_residual, monkeypatch):
     force(monkeypatch, "cpp")
-    x = torch.randn(2, 20, 15, 16).contiguous(memory_format=torch.channels_last)
-    weight, bn = torch.randn(40, 20, 1, 1), batch_norm_tensors(40)
+    n, groups, depth, width, h, w, stride, padding = shape
+    c, o = groups * depth, groups * width
+    weight = torch.randn(o, depth, 3, 3) / depth**0.5
+    weights = [weight, weight.contiguous(memory_format=torch.channels_last), weight.mT.contiguous().mT]
+    bias = torch.randn(o) if has_bias else None
+    bn = batch_norm_tensors(o) if has_bn else [None] * 4
+    geometry = (stride, padding, (1, 1), groups)
+    maps = layouts(2 * torch.randn(n, c, h, w))
+    acts = iter(ACTIVATIONS)
+    for layout in ("channels_last", "sliced_channels_last"):
+        x = maps[layout]
+        plain = reference(x, weight, None, *[None] * 4, None, *geometry, False, 0.1, 1e-5, "identity")
+        residuals = layouts(torch.randn(plain.shape)).values() if has_residual else itertools.repeat(None)
+        for weight, residual in zip(weights, residuals):
+            act = next(acts)
+            y = conv_bn_act(
+                x, weight, *bn, bias=bias, residual=residual, stride=stride, padding=padding, groups=groups, act=act
+            )
+            expect(y, x, weight, bias, bn, residual, *geometry, 1e-5, act, f"{layout} {act}")
+            if n > 0:
+                assert y.is_contiguous(memory_format=torch.channels_last)
+                assert dispatch.last_choices()["conv_bn_act"].backend == "cpp"
+
+
+@needs_extension
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("width", [4, 8, 13, 24])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_grouped_extension_knows_every_activation(act, width, has_residual, monkeypatch):
+    force(monkeypatch, "cpp")
+    x = torch.randn(2, 3 * width, 7, 11).contiguous(memory_format=torch.channels_last)
+    weight, bn = torch.randn(3 * width, width, 3, 3) / width**0.5, batch_norm_tensors(3 * width)
+    residual = torch.randn_like(x) if has_residual else None
+    y = conv_bn_act(x, weight, *bn, padding=1, groups=3, act=act, residual=residual)
+    expect(y, x, weight, None, bn, residual, (1, 1), (1, 1, 1, 1), (1, 1), 3, 1e-5, act)
+
+
+@needs_extension
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("kernel, groups", [(1, 1), (3, 2), (3, 10)])
+def test_extension_does_not_depend_on_threads(batch, kernel, groups, monkeypatch):
+    force(monkeypatch, "cpp")
+    x = torch.randn(batch, 40, 25, 36).contiguous(memory_format=torch.channels_last)
+    weight, bn = torch.randn(40, 40 // groups, kernel, kernel), batch_norm_tensors(40)
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(conv_bn_act(x, weight, *bn, act="silu"))
+            results.append(conv_bn_act(x, weight, *bn, groups=groups, padding=kernel // 2, act="silu"))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -175,19 +247,21 @@ def test_pointwise_extension_does_not_depend_on_threads(monkeypatch):
 @pytest.mark.parametrize(
     "reason, changes",
     [
-        ("not pointwise", {"stride": 2}),
         ("not pointwise", {"padding": (0, 0, 0, 1)}),
-        ("not pointwise", {"groups": 2, "weight": torch.zeros(6, 2, 1, 1)}),
+        ("not 3x3", {"groups": 2, "weight": torch.zeros(6, 2, 1, 1)}),
+        ("not 3x3", {"groups": 2, "weight": torch.zeros(6, 2, 3, 1)}),
+        ("not 3x3 without dilation", {"groups": 2, "weight": torch.zeros(6, 2, 3, 3), "dilation": (1, 2)}),
+        ("channels per group", {"groups": 4, "weight": torch.zeros(8, 1, 3, 3)}),
         ("not pointwise", {"weight": torch.zeros(6, 4, 1, 3)}),
         ("not channels_last", {"x": torch.zeros(2, 4, 5, 5)}),
-        ("pixels do not follow", {"x": torch.zeros(2, 5, 6, 4).permute(0, 3, 1, 2)[:, :, :, :4]}),
     ],
 )
 def test_pointwise_extension_says_why_not(reason, changes, monkeypatch):
     force(monkeypatch, "cpp")
     x = torch.zeros(2, 5, 5, 4).permute(0, 3, 1, 2)
     arguments = {"x": x, "weight": torch.zeros(6, 4, 1, 1), **changes}
-    bn = dict(zip(("bn_weight", "bn_bias", "running_mean", "running_var"), batch_norm_tensors(6)))
+    channels = arguments["weight"].shape[0]
+    bn = dict(zip(("bn_weight", "bn_bias", "running_mean", "running_var"), batch_norm_tensors(channels)))
     with pytest.raises(dispatch.BackendUnavailableError, match=reason):
         conv_bn_act(**arguments, **bn)
 
@@ -293,7 +367,6 @@ def test_winograd_keeps_what_is_not_finite_in_its_window(value, padding, act, mo
         ("does not have stride 1", {"stride": 2}),
         ("does not have stride 1", {"dilation": (1, 2)}),
         ("does not have stride 1", {"padding": (3, 0, 0, 0)}),
-        ("not pointwise", {"groups": 2, "weight": torch.zeros(6, 2, 3, 3)}),
         ("not channels_last", {"x": torch.zeros(2, 4, 5, 5)}),
     ],
 )
@@ -349,8 +422,10 @@ def test_activations_with_and_without_residual(act, pixels, memory_format, backe
 @pytest.mark.parametrize(
     "backend, kernel, groups, memory_format",
     [
-        pytest.param("cpp", 1, 1, torch.channels_last, marks=needs_extension),
-        pytest.param("cpp", 3, 1, torch.channels_last, marks=needs_extension),
+        *[
+            pytest.param("cpp", *case, torch.channels_last, marks=needs_extension)
+            for case in ((1, 1), (3, 1), (3, 2), (3, 4))
+        ],
         *[
             pytest.param("onednn", *case, memory_format, marks=needs_onednn)
             for case in ((1, 1), (3, 1), (3, 8))

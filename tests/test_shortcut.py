@@ -57,6 +57,13 @@ POINTWISE_CALLS = [
     {"bias": torch.randn(20), "act": "silu", "eps": 1e-3},
     {"residual": torch.randn(2, 20, 9, 6).contiguous(memory_format=torch.channels_last), "stride": (1, 1)},
     {"bn_weight": None, "bn_bias": None, "running_mean": None, "running_var": None, "padding": (0, 0, 0, 0)},
+    {"stride": (2, 3), "act": "gelu"},
+]
+GROUPED = {"weight": torch.nn.Parameter(torch.randn(20, 3, 3, 3)), "groups": 4}
+GROUPED_CALLS = [
+    {**GROUPED, "padding": (1, 1), "bias": torch.randn(20), "act": "silu"},
+    {**GROUPED, "stride": (2, 1), "padding": (0, 1, 2, 1)},
+    {**GROUPED, "padding": (1, 1), "residual": torch.randn(2, 20, 9, 6).contiguous(memory_format=torch.channels_last)},
 ]
 WINOGRAD = {  # a 3x3 convolution that Winograd's transform makes quicker
     "x": torch.randn(2, 26, 9, 6).contiguous(memory_format=torch.channels_last),
@@ -84,7 +91,7 @@ PLAIN = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
     ("depthwise", "changes"),
-    [(False, c) for c in POINTWISE_CALLS + WINOGRAD_CALLS] + [(True, c) for c in DEPTHWISE_CALLS],
+    [(False, c) for c in POINTWISE_CALLS + GROUPED_CALLS + WINOGRAD_CALLS] + [(True, c) for c in DEPTHWISE_CALLS],
 )
 def test_both_ways_agree(depthwise, changes, mode, long_way, monkeypatch):
     changes = {**PLAIN, **arguments(depthwise), **changes}
@@ -118,10 +125,11 @@ OTHER_ARGUMENTS = [
     ("depthwise", "changes"),
     [(depthwise, changes) for depthwise in (False, True) for changes in OTHER_ARGUMENTS]
     + [(False, {**WINOGRAD, **change}) for change in ({"dilation": (2, 2)}, {"padding": (3, 3)}, {"stride": (2, 2)})]
-    + [(False, {"stride": (2, 2)}), (False, {"padding": (1, 1)}), (True, {"weight": torch.randn(24, 1, 3, 3)})],
+    + [(False, {"padding": (1, 1)}), (False, {**GROUPED, "dilation": (1, 2)})]
+    + [(True, {"weight": torch.randn(24, 1, 3, 3)})],
 )
 def test_other_arguments_go_the_long_way(depthwise, changes, long_way):
-    if "weight" in changes:
+    if depthwise and "weight" in changes:
         changes = {**changes, **dict.fromkeys(("bn_weight", "bn_bias", "running_mean", "running_var"))}
     with torch.no_grad():
         run(depthwise, {**PLAIN, **changes})

@@ -34,13 +34,34 @@ def has_even_pixels(x: torch.Tensor) -> bool:
 
 
 def pointwise_conv_bn_act(
-    x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, eps, act
+    x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, stride, eps, act
 ) -> torch.Tensor:
-    """`act(batch_norm(conv1x1(x)) + residual)` at stride 1; x channels_last with even pixels."""
+    """`act(batch_norm(conv1x1(x)) + residual)`; x channels_last, slices included."""
     if residual is not None and not (_common.is_channels_last(residual) and has_even_pixels(residual)):
         residual = residual.contiguous(memory_format=torch.channels_last)
     return extension.load().pointwise_conv_bn_act(
-        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, eps, act
+        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, stride, eps, act
+    )
+
+
+def grouped_unsupported_reasons(weight, dilation, groups) -> list[str]:
+    """Why the extension should not run a convolution of several groups (empty: it should)."""
+    if extension.load() is None or extension.load().grouped_pays(weight, dilation, groups):
+        return []
+    return ["the grouped convolution is not 3x3 without dilation, with 2 to 256 channels per group"]
+
+
+def grouped_conv_bn_act(
+    x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, *args
+) -> torch.Tensor:
+    """`act(batch_norm(conv(x)) + residual)` with several groups; x channels_last, slices included.
+
+    args: stride, padding, groups, eps, act.
+    """
+    if residual is not None and not _common.is_channels_last(residual):
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    return extension.load().grouped_conv_bn_act(
+        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, *args
     )
 
 

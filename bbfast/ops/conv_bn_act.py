@@ -73,12 +73,12 @@ def _inference_reasons(training, needs_grad) -> list[str]:
 def _cpp_unsupported_reasons(x, weight, *args) -> list[str]:
     *_, stride, padding, dilation, groups, _eps, _act, training, needs_grad = args
     reasons = _cpp.unsupported_reasons(x) + _inference_reasons(training, needs_grad)
-    if weight.shape[2:] == (3, 3) and groups == 1:
+    if groups != 1:
+        return reasons + _cpp.grouped_unsupported_reasons(weight, dilation, groups)
+    if weight.shape[2:] == (3, 3):
         return reasons + _cpp.winograd_unsupported_reasons(x, weight, stride, padding, dilation, groups)
-    if weight.shape[2:] != (1, 1) or tuple(stride) != (1, 1) or any(padding) or groups != 1:
-        reasons.append("the convolution is not pointwise (1x1, stride 1, no padding, groups 1)")
-    elif not _cpp.has_even_pixels(x):
-        reasons.append("x is a slice whose pixels do not follow each other at one distance")
+    if weight.shape[2:] != (1, 1) or any(padding):
+        reasons.append("the convolution is not pointwise (1x1, no padding, groups 1)")
     return reasons
 
 
@@ -87,10 +87,12 @@ def _onednn_unsupported_reasons(x, *args) -> list[str]:
 
 
 def _run_cpp(x, *args):
-    *tensors, _stride, padding, _dilation, _groups, eps, act, _training, _needs_grad = args
+    *tensors, stride, padding, _dilation, groups, eps, act, _training, _needs_grad = args
+    if groups != 1:
+        return _cpp.grouped_conv_bn_act(x, *tensors, stride, padding, groups, eps, act)
     if tensors[0].shape[2:] == (3, 3):
         return _cpp.winograd_conv_bn_act(x, *tensors, padding, eps, act)
-    return _cpp.pointwise_conv_bn_act(x, *tensors, eps, act)
+    return _cpp.pointwise_conv_bn_act(x, *tensors, stride, eps, act)
 
 
 def _run_onednn(x, *args):
