@@ -645,8 +645,9 @@ def test_initialised_as_timm(name):
         if value.dim() < 2:
             assert torch.equal(value, other), key
         elif value.numel() > 100:
-            noise = 6 / value.numel() ** 0.5
-            assert value.std().item() == pytest.approx(other.std().item(), rel=noise + 0.02), key
+            # Not the deviation: torch's truncated normal now and then gives a value of -2, a hundred deviations out.
+            widths = [tensor.abs().median().item() for tensor in (value, other)]
+            assert widths[0] == pytest.approx(widths[1], rel=8 / value.numel() ** 0.5 + 0.02), key
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2_conv_mlp"])

@@ -178,7 +178,7 @@ def test_kernels_half_precision(dtype, channels_last, device, on_kernels):
     "channels_last, stride",
     [
         (True, 1),
-        (False, 2),
+        pytest.param(False, 2, marks=pytest.mark.slow),
         pytest.param(True, 2, marks=pytest.mark.slow),
         pytest.param(False, 1, marks=pytest.mark.slow),
     ],

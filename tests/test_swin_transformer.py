@@ -88,7 +88,10 @@ def test_full_size_agrees():
     assert_forward_agrees(TINY, (224, 224))
 
 
-@pytest.mark.parametrize("name", [TINY, "swin_s3_tiny_224", "swin_small_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "name",
+    [TINY, *(pytest.param(n, marks=pytest.mark.slow) for n in ("swin_s3_tiny_224", "swin_small_patch4_window7_224"))],
+)
 def test_training_agrees(name):
     depths = (2, 2, 6, 2) if name == "swin_small_patch4_window7_224" else None
     changes = {} if depths is None else {"depths": depths}
@@ -299,6 +302,7 @@ def test_grad_checkpointing_changes_nothing():
     assert_equal_to_nine_digits(*results)
 
 
+@pytest.mark.slow
 def test_attention_dropout_keeps_the_expectation():
     """With dropout of attention the map is cut and put together again; without any dropped it is the fused result."""
     arguments = {"img_size": (60, 92), **SHALLOW}
@@ -362,6 +366,7 @@ def test_copies_and_layouts_compute_the_same():
     torch.testing.assert_close(last, forward(model, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_inference_compiles_for_any_size():
     """One graph, whether a map's sides are even or odd before patches are merged."""
     arguments = {"dynamic_img_size": True, **SHALLOW, "depths": (2, 1), "num_heads": (1, 2)}

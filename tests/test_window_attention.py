@@ -280,7 +280,7 @@ def test_a_masked_key_can_win(use, device, monkeypatch):
     assert torch.allclose(case.ours(qkv, table, None)[0, 0, 0], torch.zeros(16, device=device))
 
 
-@pytest.mark.parametrize("which", ["qkv", "grad", "both"])
+@pytest.mark.parametrize("which", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("qkv", "grad")), "both"])
 def test_other_strides(which, device, monkeypatch):
     """qkv as a view of [B, 3C, H, W], as a slice, and gradients that are not dense."""
     use_kernels(monkeypatch, device)
