@@ -156,15 +156,20 @@ class Backbone(nn.Module):
         return kept
 
     def _run(self, stage: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
-        """What a stage makes of x, each of its blocks recomputed in the backward pass where that is asked for.
+        """What a stage makes of x, its blocks recomputed in the backward pass where that is asked for."""
+        return run_blocks(stage, x, self.grad_checkpointing)
 
-        Else the stage itself is called, so that its hooks run.
-        """
-        if not self.grad_checkpointing or not torch.is_grad_enabled():
-            return stage(x)
-        for block in stage:
-            x = checkpoint(block, x, use_reentrant=False)
-        return x
+
+def run_blocks(blocks: nn.Sequential, x: torch.Tensor, recompute: bool) -> torch.Tensor:
+    """What `blocks` make of x, each recomputed in the backward pass if `recompute`.
+
+    Else, and without gradients, `blocks` itself is called, so that its hooks run.
+    """
+    if not recompute or not torch.is_grad_enabled():
+        return blocks(x)
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False)
+    return x
 
 
 @overridable

@@ -12,9 +12,8 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from bbfast.models._backbone import Backbone, prepare_images
+from bbfast.models._backbone import Backbone, prepare_images, run_blocks
 from bbfast.models._classifier_head import ClassifierHead
 from bbfast.models._convnext_cfgs import DEPRECATED_NAMES, PRETRAINED_CFGS
 from bbfast.models._convnext_weights import adapt_state_dict
@@ -128,12 +127,7 @@ class ConvNeXtStage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.downsample(x)
-        if not self.grad_checkpointing or not torch.is_grad_enabled():
-            return self.blocks(x)
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
-        return x
+        return run_blocks(self.blocks, self.downsample(x), self.grad_checkpointing)
 
 
 # ---- the model -------------------------------------------------------------------------------------------

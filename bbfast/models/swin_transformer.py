@@ -13,9 +13,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from bbfast.models._backbone import Backbone
+from bbfast.models._backbone import Backbone, run_blocks
 from bbfast.models._classifier_head import ClassifierHead
 from bbfast.models._factory import register_variants
 from bbfast.models._pretrained import PretrainedCfg
@@ -207,12 +206,7 @@ class SwinTransformerStage(nn.Module):
             block.set_input_size(self._block_resolution(input_resolution), window_size, always_partition)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.downsample(x)
-        if not self.grad_checkpointing or not torch.is_grad_enabled():
-            return self.blocks(x)
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
-        return x
+        return run_blocks(self.blocks, self.downsample(x), self.grad_checkpointing)
 
 
 # ---- the model -------------------------------------------------------------------------------------------
