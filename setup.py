@@ -201,7 +201,7 @@ CUDA = choose_cuda()
 setup(
     packages=[*find_packages(include=["bbfast", "bbfast.*"]), "bbfast.triton_kernels"],
     package_dir={"bbfast.triton_kernels": "triton_kernels"},
-    package_data={"bbfast.triton_kernels": ["*.json"]},
+    package_data={"bbfast.triton_kernels": ["*.json"], "bbfast.swap": ["sources/*.json"]},
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildExt},
 )

@@ -1,6 +1,7 @@
 """bbfast: the fastest vision backbones in PyTorch."""
 
 from bbfast import data, design_space, models, nn, ops
+from bbfast.dispatch import exportable
 from bbfast.models import (
     create_model,
     get_pretrained_cfg,
@@ -11,12 +12,16 @@ from bbfast.models import (
     model_entrypoint,
     register_model,
 )
+from bbfast.swap import SwapError, SwapReport, plan, restore, swap, swapped  # the function `swap` hides its package
 
 __version__ = "0.1.0"
 __all__ = [
+    "SwapError",
+    "SwapReport",
     "create_model",
     "data",
     "design_space",
+    "exportable",
     "get_pretrained_cfg",
     "is_model",
     "list_models",
@@ -26,5 +31,9 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "plan",
     "register_model",
+    "restore",
+    "swap",
+    "swapped",
 ]

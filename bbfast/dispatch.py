@@ -6,12 +6,14 @@ when every rung objects, the reference (`torch`) runs. The choice is remembered 
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch.autograd import forward_ad
 
 from bbfast import env
 
@@ -124,6 +126,40 @@ def forget_choices() -> None:
     """Clears what `last_choices` returns and lets every fallback warn again."""
     _choices.clear()
     _warned.clear()
+
+
+# ---- plain torch on demand ---------------------------------------------------------------------------------
+
+_exportable_depth = 0
+
+
+@contextlib.contextmanager
+def exportable() -> Iterator[None]:
+    """Inside a `with` block every op and every swapped block runs as the plain torch operators it stands for.
+
+    For exporters that know torch's operators only (`torch.onnx.export`, `torch.jit.trace`), and for who wants to see
+    inside (`torch.fx`, profilers by operator). Values are those of the reference; gradients flow, twice if need be.
+    Holds for all threads of the process. Nests.
+    """
+    global _exportable_depth
+    _exportable_depth += 1
+    try:
+        yield
+    finally:
+        _exportable_depth -= 1
+
+
+def wants_plain_torch() -> bool:
+    """Whether an op should run its reference in the open, where others can trace and transform it.
+
+    That is inside `exportable`, under the transforms of torch.func (vmap, grad, jvp, ...) and in forward-mode
+    differentiation, of which kernels know nothing.
+    """
+    if _exportable_depth:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _warn_once(op: str, reasons: Sequence[str]) -> None:

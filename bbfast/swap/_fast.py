@@ -1,0 +1,127 @@
+"""Fast classes, which foreign blocks are reclassed to, and the list of all of them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable
+
+from torch import nn
+
+from bbfast import dispatch
+from bbfast.swap import _fingerprint, _lending
+
+
+class Fast:
+    """First base of a fast class; the foreign class is the second.
+
+    A fast class overrides nothing of the foreign one but forward, so parameters, keys, hooks, isinstance, deepcopy and
+    pickle are those of the foreign block. It implements `fused_forward`. In each call forward makes sure that the
+    inner modules can still be bypassed; somebody may have hooked, replaced or quantised them since the swap. Where
+    one cannot, and where plain torch is wanted (`bbfast.exportable`, torch.func), the foreign forward runs.
+
+    Attributes:
+        lends: names of inner modules that fused_forward uses without calling them, if they are there. A norm stands
+            right behind the convolution whose result it takes, and nowhere else (`bbfast.fold_bn_` goes by that).
+        relies_on: qualified names of further foreign functions that were read beside forward.
+    """
+
+    lends: tuple[str, ...] = ()
+    relies_on: tuple[str, ...] = ()
+
+    @classmethod
+    def lent(cls, block: nn.Module) -> Iterable[tuple[str, nn.Module | None]]:
+        """(name, module) of the inner modules that do not run; `block` is of the foreign class or of this one."""
+        return [(name, getattr(block, name, None)) for name in cls.lends]
+
+    @classmethod
+    def concerns(cls, block: nn.Module) -> bool:
+        """Whether there is anything in this block that fuses; one without is not even reported."""
+        return True
+
+    @classmethod
+    def objections(cls, block: nn.Module) -> list[str]:
+        """Why this block, unlike others of its class, cannot run fused (empty: it can)."""
+        return []
+
+    def forward(self, *args, **kwargs):
+        if dispatch.wants_plain_torch() or not _lending.can_lend([module for _, module in self.lent(self)]):
+            return super().forward(*args, **kwargs)
+        return self.fused_forward(*args, **kwargs)
+
+    def fused_forward(self, *args, **kwargs):
+        """What the foreign forward returns."""
+        raise NotImplementedError(f"{type(self).__name__} has no fused_forward")
+
+
+_fast_classes: dict[type[nn.Module], type[Fast]] = {}
+_unsupported: dict[str, str] = {}
+
+
+def register(cls: type[Fast]) -> type[Fast]:
+    """Decorator of a fast class: exact instances of its second base can become it."""
+    _fast_classes[cls.__bases__[1]] = cls
+    return cls
+
+
+def unsupported(name: str, reason: str) -> None:
+    """Says that modules of the class with this qualified name shall be reported as skipped."""
+    _unsupported[name] = reason
+
+
+def foreign_class(cls: type[Fast]) -> type[nn.Module]:
+    """What instances of a fast class were, and become again."""
+    return cls.__bases__[1]
+
+
+def is_fast(cls: type) -> bool:
+    return issubclass(cls, Fast) and _fast_classes.get(foreign_class(cls)) is cls
+
+
+def fast_class(cls: type) -> type[Fast] | None:
+    return _fast_classes.get(cls)
+
+
+def fast_classes() -> dict[type[nn.Module], type[Fast]]:
+    """Of every foreign class that the loaded adapters know, the fast one."""
+    return dict(_fast_classes)
+
+
+def unsupported_reason(cls: type) -> str | None:
+    """Why a class that people might expect to be swapped is not; None for any other."""
+    return _unsupported.get(f"{cls.__module__}.{cls.__qualname__}")
+
+
+def objections_to(block: nn.Module, cls: type[Fast]) -> list[str]:
+    """Why `block`, whose class `cls` replaces, should stay what it is (empty: it can become fast)."""
+    if "forward" in block.__dict__:
+        return ["it has a forward of its own (somebody replaced it on the instance)"]
+    reasons = _fingerprint.objections_to_code(foreign_class(cls), cls.relies_on)
+    if reasons:  # then its attributes may be others, too
+        return reasons
+    reasons += _lending.tensor_objections(block)
+    for name, module in cls.lent(block):
+        reasons += _lending.objections_to(name, module)
+    return reasons or cls.objections(block)
+
+
+# ---- adapters --------------------------------------------------------------------------------------------
+
+# An adapter is imported when the foreign module that it is about already is.
+ADAPTERS = {
+    "torch.nn": "bbfast.swap.torch_nn",
+    "timm.models._efficientnet_blocks": "bbfast.swap.timm_mobile",
+}
+
+
+def load_adapters() -> tuple[str, ...]:
+    """Imports the adapters for what is imported; returns a note on each that does not fit the installed library."""
+    notes = []
+    for foreign, adapter in ADAPTERS.items():
+        if foreign not in sys.modules:
+            continue
+        try:
+            importlib.import_module(adapter)
+        except (ImportError, AttributeError) as error:
+            notes.append(f"{adapter} does not fit the installed {foreign.partition('.')[0]}: {error}")
+    return tuple(notes)

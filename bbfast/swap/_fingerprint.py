@@ -1,0 +1,132 @@
+"""Whether a foreign function is the code that an adapter was written for.
+
+A fast class does what a foreign forward does, so it may take its place only where that forward is the one that was
+read. Every function that an adapter relies on stands in `sources/<library>.json` with a hash of its source, for each version
+of the library whose source was compared. Comments, docstrings and white space do not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import io
+import json
+import sys
+import textwrap
+import tokenize
+from importlib import resources
+
+from torch import nn
+
+_LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.ENCODING, tokenize.ENDMARKER)
+
+
+def fingerprint(function) -> str:
+    """Hash of what `function`'s source says, 16 hexadecimal digits.
+
+    Raises:
+        OSError: there is no source.
+        AttributeError: not a Python function.
+    """
+    # Of its code, not of what it wraps: a patch that calls itself a wrapper is a patch.
+    return fingerprint_of_source(inspect.getsource(function.__code__))
+
+
+def fingerprint_of_source(source: str) -> str:
+    """`fingerprint` of a function whose text is `source`."""
+    source = textwrap.dedent(source)
+    docstring = _docstring_lines(source)
+    words = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in _LAYOUT or token.start[0] in docstring:
+            continue
+        # An indent is a word of its own, whatever its width.
+        words.append(tokenize.tok_name[token.type] if not token.string.strip() else token.string)
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
+
+
+def _docstring_lines(source: str) -> range:
+    (function,) = ast.parse(source).body
+    first = function.body[0]
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+        return range(first.lineno, first.end_lineno + 1)
+    return range(0)
+
+
+@functools.cache
+def known_sources(library: str) -> dict[str, dict[str, list[str]]]:
+    """For each function by its qualified name: the hashes it may have, and the versions that have them."""
+    file = resources.files("bbfast.swap").joinpath("sources", f"{library}.json")
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+@functools.cache
+def objection_to(name: str, function) -> str | None:
+    """Why `function`, which stands under the qualified `name`, is not what was read; None if it is."""
+    library = name.partition(".")[0]
+    known = known_sources(library).get(name)
+    if known is None:
+        return f"{name} is not a function that any adapter was written for"
+    try:
+        found = fingerprint(function)
+    except (OSError, AttributeError) as error:
+        return f"the source of {name} cannot be read, so nobody knows what it does ({error})"
+    if found in known:
+        return None
+    versions = sorted({version for versions in known.values() for version in versions}, key=by_number)
+    return f"{name} is not the code of {library} {_enumerate(versions)}: it was patched, or this is another version"
+
+
+# torch's forwards as they were when bbfast was imported: later ones are somebody's patch.
+_torch_forwards: dict[type[nn.Module], object] = {}
+
+
+def remember_torch_forward(cls: type[nn.Module]) -> None:
+    owner = _owner_of_forward(cls)
+    _torch_forwards[owner] = owner.forward
+
+
+def objections_to_code(cls: type[nn.Module], relies_on: tuple[str, ...]) -> list[str]:
+    """Why what instances of `cls` run is not what was read: their forward, and functions by qualified name."""
+    objections = [_objection_to_forward(cls), *(objection_to(name, _resolve(name)) for name in relies_on)]
+    return [objection for objection in objections if objection]
+
+
+def _objection_to_forward(cls: type[nn.Module]) -> str | None:
+    """Why `cls.forward`, inherited or its own, is not what was read; None if it is."""
+    owner = _owner_of_forward(cls)
+    if owner in _torch_forwards:
+        patched = owner.forward is not _torch_forwards[owner]
+        return f"{owner.__name__}.forward was replaced after bbfast was imported" if patched else None
+    return objection_to(forward_name(cls), owner.forward)
+
+
+def forward_name(cls: type[nn.Module]) -> str:
+    """Qualified name of the forward that instances of `cls` run."""
+    owner = _owner_of_forward(cls)
+    return f"{owner.__module__}.{owner.__qualname__}.forward"
+
+
+def _owner_of_forward(cls: type[nn.Module]) -> type:
+    return next(base for base in cls.__mro__ if "forward" in base.__dict__)
+
+
+def by_number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def _enumerate(versions: list[str]) -> str:
+    return versions[0] if len(versions) == 1 else f"{versions[0]} to {versions[-1]}"
+
+
+def _resolve(name: str):
+    """The function of this qualified name, in a module that is imported already."""
+    module_name = name
+    while module_name not in sys.modules:
+        module_name = module_name.rpartition(".")[0]
+    found = sys.modules[module_name]
+    for attribute in name[len(module_name) + 1 :].split("."):
+        found = getattr(found, attribute)
+    return found

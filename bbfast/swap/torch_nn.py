@@ -1,0 +1,113 @@
+"""torch's own layers: what they lend, and runs of convolution, BatchNorm and activation in nn.Sequential."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from bbfast import ops
+from bbfast.nn._batch_norm import batch_norm_arguments
+from bbfast.swap._blocks import ACTIVATIONS, CONVS, NORMS, activation_name, conv_norm_act
+from bbfast.swap._fast import Fast, register
+from bbfast.swap._fingerprint import remember_torch_forward
+from bbfast.swap._lending import lender
+
+
+def conv_objections(conv: nn.Conv2d) -> list[str]:
+    """Why this convolution cannot run in an op."""
+    if conv.padding_mode != "zeros":
+        return [f"has padding_mode={conv.padding_mode!r}; ops pad with zeros only"]
+    return []
+
+
+lender(nn.Conv2d, objections=conv_objections)
+CONVS[nn.Conv2d] = lambda conv: None
+
+for cls in (nn.BatchNorm2d, nn.SyncBatchNorm):
+    lender(cls)
+    NORMS[cls] = lambda bn: (bn, None)
+
+lender(nn.Identity)
+NORMS[nn.Identity] = lambda norm: (None, None)
+
+for cls, name in (
+    (nn.Identity, "identity"),
+    (nn.ReLU, "relu"),
+    (nn.ReLU6, "relu6"),
+    (nn.Hardswish, "hardswish"),
+    (nn.SiLU, "silu"),
+):
+    lender(cls)
+    ACTIVATIONS[cls] = lambda act, name=name: name
+
+lender(nn.GELU)
+ACTIVATIONS[nn.GELU] = lambda act: "gelu" if act.approximate == "none" else None
+
+lender(nn.Linear)
+lender(nn.LayerNorm)
+remember_torch_forward(nn.Sequential)
+
+
+# ---- runs ------------------------------------------------------------------------------------------------
+
+
+def runs(layers: nn.Sequential) -> list[tuple[nn.Module | None, nn.Module | None, nn.Module | None]]:
+    """The layers as (convolution, norm, activation) where such follow each other, others as (None, None, layer)."""
+    found, rest = [], list(layers._modules.values())
+    while rest:
+        run = _run_at_start_of(rest)
+        found.append(run or (None, None, rest[0]))
+        del rest[: len([layer for layer in found[-1] if layer is not None])]
+    return found
+
+
+def _run_at_start_of(layers: list[nn.Module]):
+    """(convolution or None, norm, activation or None) that fuse, or None if the first layer stands alone."""
+    conv = layers[0] if type(layers[0]) in CONVS else None
+    norm, act = (*layers[conv is not None :][:2], None, None)[:2]
+    if type(norm) not in NORMS or type(norm) is nn.Identity:
+        return None
+    _, own_act = NORMS[type(norm)](norm)
+    if own_act is not None or type(act) not in ACTIVATIONS or activation_name(act) is None:
+        act = None
+    if conv is None and (act is None or own_act is not None):  # nothing to fuse with
+        return None
+    return conv, norm, act
+
+
+class FusedRuns(Fast):
+    """Fast base of nn.Sequential and its subclasses that leave forward alone: each run is one op."""
+
+    @classmethod
+    def concerns(cls, block: nn.Sequential) -> bool:
+        return any(norm is not None for _, norm, _ in runs(block))
+
+    @classmethod
+    def lent(cls, block: nn.Sequential):
+        names = {id(layer): name for name, layer in block._modules.items()}
+        fused = [run for run in runs(block) if run[1] is not None]
+        return [(names[id(layer)], layer) for run in fused for layer in run if layer is not None]
+
+    def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
+        for conv, norm, act in runs(self):
+            if norm is None:
+                x = act(x)
+            elif conv is None:
+                x = norm_act(x, norm, act)
+            else:
+                x = conv_norm_act(x, conv, norm, act)
+        return x
+
+
+def norm_act(x: torch.Tensor, norm: nn.Module, act: nn.Module) -> torch.Tensor:
+    """`act(norm(x))` as one op; `norm` has no activation of its own."""
+    bn, _ = NORMS[type(norm)](norm)
+    if isinstance(bn, nn.SyncBatchNorm) and bn.training:
+        return act(norm(x))
+    statistics, settings = batch_norm_arguments(bn)
+    return ops.batch_norm_act(x, *statistics, act=activation_name(act), **settings)
+
+
+@register
+class FastSequential(FusedRuns, nn.Sequential):
+    """nn.Sequential whose runs of convolution, BatchNorm and activation are one op each."""
