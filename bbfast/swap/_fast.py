@@ -110,6 +110,7 @@ def objections_to(block: nn.Module, cls: type[Fast]) -> list[str]:
 # An adapter is imported when the foreign module that it is about already is.
 ADAPTERS = {
     "torch.nn": "bbfast.swap.torch_nn",
+    "timm.layers": "bbfast.swap.timm_layers",
     "timm.models._efficientnet_blocks": "bbfast.swap.timm_mobile",
 }
 

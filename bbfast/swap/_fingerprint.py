@@ -1,8 +1,8 @@
 """Whether a foreign function is the code that an adapter was written for.
 
 A fast class does what a foreign forward does, so it may take its place only where that forward is the one that was
-read. Every function that an adapter relies on stands in `sources/<library>.json` with a hash of its source, for each version
-of the library whose source was compared. Comments, docstrings and white space do not count.
+read. Every function that an adapter relies on stands in `sources/<library>.json` with a hash of its source, for each
+version of the library whose source was compared. Comments, docstrings and white space do not count.
 """
 
 from __future__ import annotations

@@ -1,13 +1,8 @@
-"""timm's MobileNetV2, MobileNetV3 and EfficientNet blocks, and the layers that many timm models share."""
+"""timm's MobileNetV2, MobileNetV3 and EfficientNet blocks."""
 
 from __future__ import annotations
 
 import torch
-from timm.layers import activations as timm_activations
-from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.conv_bn_act import ConvNormAct
-from timm.layers.drop import DropPath
-from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from timm.models._efficientnet_blocks import (
     ConvBnAct,
     DepthwiseSeparableConv,
@@ -17,81 +12,18 @@ from timm.models._efficientnet_blocks import (
 )
 from torch import nn
 
-from bbfast import ops
-from bbfast.nn._batch_norm import batch_norm_arguments
 from bbfast.swap._blocks import (
-    ACTIVATIONS,
-    CONVS,
-    DROP_PATHS,
-    NORMS,
     SQUEEZE_EXCITES,
     activation_name,
     add_branch,
     conv_norm_act,
     conv_norm_act_squeeze_excite,
     conv_norm_add,
-    lent_activation,
     lent_squeeze_excite,
 )
 from bbfast.swap._fast import Fast, register, unsupported
 from bbfast.swap._lending import lender
-from bbfast.swap.torch_nn import conv_objections
-
-# ---- what timm's layers lend -------------------------------------------------------------------------------
-
-lender(
-    Conv2dSame,
-    objections=conv_objections,
-    relies_on=(
-        "timm.layers.conv2d_same.conv2d_same",
-        "timm.layers.padding.pad_same",
-        "timm.layers.padding.get_same_padding",
-    ),
-)
-CONVS[Conv2dSame] = lambda conv: "same"
-
-for cls, name in (
-    (timm_activations.Swish, "silu"),
-    (timm_activations.HardSwish, "hardswish"),
-    (timm_activations.GELU, "gelu"),
-):
-    lender(cls)
-    ACTIVATIONS[cls] = lambda act, name=name: name
-
-
-def _norm_objections(norm: BatchNormAct2d) -> list[str]:
-    drop = getattr(norm, "drop", None)
-    if type(drop) not in (nn.Identity, type(None)):
-        return [f"drops values between norm and activation ({type(drop).__name__})"]
-    return []
-
-
-def _lent_by_norm(norm: BatchNormAct2d) -> list[tuple[str, nn.Module]]:
-    return lent_activation("act", getattr(norm, "act", None))
-
-
-for cls in (BatchNormAct2d, SyncBatchNormAct):
-    lender(cls, objections=_norm_objections, inner=_lent_by_norm)
-    NORMS[cls] = lambda norm: (norm, getattr(norm, "act", None))
-
-
-def _mask(drop_path: DropPath, branch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    if not drop_path.drop_prob:
-        return None
-    return ops.drop_path_mask(branch, drop_path.drop_prob, drop_path.scale_by_keep, dtype)
-
-
-lender(DropPath, relies_on=("timm.layers.drop.drop_path",))
-DROP_PATHS[DropPath] = _mask
-
-_GATES = {
-    timm_activations.Sigmoid: "sigmoid",
-    nn.Sigmoid: "sigmoid",
-    timm_activations.HardSigmoid: "hard_sigmoid",
-    nn.Hardsigmoid: "hard_sigmoid",
-}
-for cls in _GATES:
-    lender(cls)
+from bbfast.swap.timm_layers import GATES
 
 lender(
     SqueezeExcite,
@@ -101,47 +33,8 @@ SQUEEZE_EXCITES[SqueezeExcite] = lambda se: (
     se.conv_reduce,
     activation_name(se.act1),
     se.conv_expand,
-    _GATES.get(type(se.gate)),
+    GATES.get(type(se.gate)),
 )
-
-# ---- layers ------------------------------------------------------------------------------------------------
-
-
-@register
-class FastBatchNormAct2d(Fast, BatchNormAct2d):
-    """BatchNorm and activation as one op."""
-
-    lends = ("drop",)
-
-    @classmethod
-    def lent(cls, block):
-        return [*super().lent(block), *_lent_by_norm(block)]
-
-    @classmethod
-    def objections(cls, block):
-        if activation_name(block.act) is None:
-            return [f"its activation, {type(block.act).__name__}, is none that ops know"]
-        return _norm_objections(block)
-
-    def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
-        statistics, settings = batch_norm_arguments(self)
-        return ops.batch_norm_act(x, *statistics, act=activation_name(self.act), **settings)
-
-
-lender(FastBatchNormAct2d, objections=_norm_objections, inner=_lent_by_norm, read_as=BatchNormAct2d)
-NORMS[FastBatchNormAct2d] = NORMS[BatchNormAct2d]
-
-
-@register
-class FastConvNormAct(Fast, ConvNormAct):
-    """Convolution, BatchNorm and activation as one op."""
-
-    lends = ("conv", "bn")
-
-    def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = conv_norm_act(x, self.conv, self.bn)
-        return x if self.aa is None else self.aa(x)
-
 
 # ---- blocks ------------------------------------------------------------------------------------------------
 
