@@ -66,7 +66,7 @@ def assert_swap_keeps_numbers(
     exact_model = copy.deepcopy(model).double()
     _assert_outputs_agree(model, exact_model, torch.randn(batch, 3, *size), blocks, pick)
     if train:
-        _assert_training_step_agrees(exact_model, torch.randn(batch + 1, 3, *size), pick)
+        assert_training_step_agrees(exact_model, torch.randn(batch + 1, 3, *size), pick)
 
 
 def _assert_outputs_agree(model: nn.Module, exact_model: nn.Module, x: torch.Tensor, blocks: dict, pick: Callable):
@@ -109,8 +109,12 @@ def _assert_swapped_as_planned(model: nn.Module, blocks: dict[str, int | None]) 
         assert _fast.is_fast(type(model.get_submodule(row.path)))
 
 
-def _assert_training_step_agrees(model: nn.Module, x: torch.Tensor, pick: Callable) -> None:
-    """In double precision, to nine digits: output, gradients of input and parameters, running statistics."""
+def assert_training_step_agrees(model: nn.Module, x: torch.Tensor, pick: Callable = lambda output: output) -> None:
+    """In double precision, to nine digits: output, gradients of input and parameters, running statistics.
+
+    Args:
+        model: in double precision.
+    """
     picked = _Picked(model, pick)
     with torch.no_grad():
         grad_out = torch.randn_like(picked.eval()(x.double()))

@@ -97,6 +97,7 @@ def swapped(model: nn.Module, *, filter_fn: Filter | None = None, strict: bool =
 
     Takes, returns and raises what `swap` does. Blocks that were swapped already stay swapped.
     """
+    _check_module(model)
     fast_before = {id(block) for block in model.modules() if isinstance(block, _fast.Fast)}
     report = swap(model, filter_fn=filter_fn, strict=strict)
     ours = [block for block in model.modules() if isinstance(block, _fast.Fast) and id(block) not in fast_before]

@@ -32,7 +32,8 @@ class Fast:
     @classmethod
     def lent(cls, block: nn.Module) -> Iterable[tuple[str, nn.Module | None]]:
         """(name, module) of the inner modules that do not run; `block` is of the foreign class or of this one."""
-        return [(name, getattr(block, name, None)) for name in cls.lends]
+        inner = block._modules  # not getattr, which is slow for modules: this runs in each call
+        return [(name, inner.get(name)) for name in cls.lends]
 
     @classmethod
     def concerns(cls, block: nn.Module) -> bool:
@@ -55,12 +56,15 @@ class Fast:
 
 
 _fast_classes: dict[type[nn.Module], type[Fast]] = {}
+_foreign_classes: dict[type[Fast], type[nn.Module]] = {}
 _unsupported: dict[str, str] = {}
 
 
 def register(cls: type[Fast]) -> type[Fast]:
     """Decorator of a fast class: exact instances of its second base can become it."""
-    _fast_classes[cls.__bases__[1]] = cls
+    foreign = cls.__bases__[1]
+    _fast_classes[foreign] = cls
+    _foreign_classes[cls] = foreign
     return cls
 
 
@@ -71,11 +75,12 @@ def unsupported(name: str, reason: str) -> None:
 
 def foreign_class(cls: type[Fast]) -> type[nn.Module]:
     """What instances of a fast class were, and become again."""
-    return cls.__bases__[1]
+    return _foreign_classes[cls]
 
 
 def is_fast(cls: type) -> bool:
-    return issubclass(cls, Fast) and _fast_classes.get(foreign_class(cls)) is cls
+    """Whether it is a fast class, rather than what somebody derived from one."""
+    return cls in _foreign_classes
 
 
 def fast_class(cls: type) -> type[Fast] | None:
@@ -102,7 +107,7 @@ def objections_to(block: nn.Module, cls: type[Fast]) -> list[str]:
     reasons += _lending.tensor_objections(block)
     for name, module in cls.lent(block):
         reasons += _lending.objections_to(name, module)
-    return reasons or cls.objections(block)
+    return list(dict.fromkeys(reasons)) or cls.objections(block)  # several inner modules may have one and the same
 
 
 # ---- adapters --------------------------------------------------------------------------------------------

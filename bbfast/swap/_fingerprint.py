@@ -40,7 +40,7 @@ def fingerprint_of_source(source: str) -> str:
     docstring = _docstring_lines(source)
     words = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in _LAYOUT or token.start[0] in docstring:
+        if token.type in _LAYOUT or (token.type == tokenize.STRING and token.start[0] in docstring):
             continue
         # An indent is a word of its own, whatever its width.
         words.append(tokenize.tok_name[token.type] if not token.string.strip() else token.string)
@@ -49,6 +49,8 @@ def fingerprint_of_source(source: str) -> str:
 
 def _docstring_lines(source: str) -> range:
     (function,) = ast.parse(source).body
+    if not isinstance(function, ast.FunctionDef):  # a line with a lambda in it
+        return range(0)
     first = function.body[0]
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
         return range(first.lineno, first.end_lineno + 1)
@@ -71,7 +73,7 @@ def objection_to(name: str, function) -> str | None:
         return f"{name} is not a function that any adapter was written for"
     try:
         found = fingerprint(function)
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, SyntaxError, tokenize.TokenError) as error:
         return f"the source of {name} cannot be read, so nobody knows what it does ({error})"
     if found in known:
         return None

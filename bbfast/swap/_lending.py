@@ -24,13 +24,14 @@ class Lender:
 
     Attributes:
         objections: takes such a module, returns why this one cannot lend all the same.
-        inner: takes such a module, returns (name, module) of its own inner modules that do not run either.
+        inner: takes such a module, returns (name, module) of its own inner modules that do not run either; None for
+            a class that has none.
         read_as: the class whose forward was read.
         relies_on: qualified names of further foreign functions that were read beside it.
     """
 
     objections: Callable[[nn.Module], list[str]]
-    inner: Callable[[nn.Module], Sequence[tuple[str, nn.Module | None]]]
+    inner: Callable[[nn.Module], Sequence[tuple[str, nn.Module | None]]] | None
     read_as: type[nn.Module]
     relies_on: tuple[str, ...]
 
@@ -42,7 +43,7 @@ def lender(
     cls: type[nn.Module],
     *,
     objections: Callable[[nn.Module], list[str]] = lambda module: [],
-    inner: Callable[[nn.Module], Sequence[tuple[str, nn.Module | None]]] = lambda module: (),
+    inner: Callable[[nn.Module], Sequence[tuple[str, nn.Module | None]]] | None = None,
     read_as: type[nn.Module] | None = None,
     relies_on: tuple[str, ...] = (),
 ) -> None:
@@ -70,7 +71,7 @@ def can_lend(modules: Iterable[nn.Module | None]) -> bool:
         entry = _lenders.get(type(module))
         if entry is None or _has_hooks(module) or "forward" in module.__dict__:
             return False
-        if (inner := entry.inner(module)) and not can_lend([module for _, module in inner]):
+        if entry.inner is not None and not can_lend([inner for _, inner in entry.inner(module)]):
             return False
     return True
 
@@ -110,7 +111,7 @@ def objections_to(path: str, module: nn.Module | None) -> list[str]:
     reasons = _fingerprint.objections_to_code(entry.read_as, entry.relies_on)
     reasons += [f"{path} {reason}" for reason in entry.objections(module)]
     reasons += [f"{path}.{reason}" for reason in tensor_objections(module)]
-    for name, inner in entry.inner(module):
+    for name, inner in () if entry.inner is None else entry.inner(module):
         reasons += objections_to(f"{path}.{name}", inner)
     return reasons
 

@@ -55,7 +55,7 @@ def _norm_objections(norm: BatchNormAct2d) -> list[str]:
 
 
 def _lent_by_norm(norm: BatchNormAct2d) -> list[tuple[str, nn.Module]]:
-    return lent_activation("act", getattr(norm, "act", None))
+    return lent_activation("act", norm._modules.get("act"))
 
 
 for cls in (BatchNormAct2d, SyncBatchNormAct):

@@ -27,7 +27,7 @@ from bbfast.swap.timm_layers import GATES
 
 lender(
     SqueezeExcite,
-    inner=lambda se: [(name, getattr(se, name)) for name in ("conv_reduce", "act1", "conv_expand", "gate")],
+    inner=lambda se: [(name, se._modules[name]) for name in ("conv_reduce", "act1", "conv_expand", "gate")],
 )
 SQUEEZE_EXCITES[SqueezeExcite] = lambda se: (
     se.conv_reduce,
