@@ -12,7 +12,15 @@ from bbfast.models import (
     model_entrypoint,
     register_model,
 )
-from bbfast.swap import SwapError, SwapReport, plan, restore, swap, swapped  # the function `swap` hides its package
+from bbfast.swap import (  # the function `swap` hides its package
+    SwapError,
+    SwapReport,
+    fold_bn_,
+    plan,
+    restore,
+    swap,
+    swapped,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +30,7 @@ __all__ = [
     "data",
     "design_space",
     "exportable",
+    "fold_bn_",
     "get_pretrained_cfg",
     "is_model",
     "list_models",

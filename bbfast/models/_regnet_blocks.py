@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bbfast.models._layers import AvgPool2dSame, SEModule, create_conv2d
 from bbfast.models._regnet_rule import bottleneck_width
-from bbfast.nn import BatchNormAct2d, DropPathAdd, apply_conv_bn_act
+from bbfast.nn import BATCH_NORMS, BatchNormAct2d, DropPathAdd, apply_conv_bn_act
 from bbfast.reference.activation import activation
 
 # ---- norms and activations -------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ class ConvNormAct(nn.Module):
 def _conv_norm_act(conv: nn.Conv2d, norm: nn.Module, x: torch.Tensor, residual=None, act: str | None = None):
     """`act(norm(conv(x)) + residual)`, as one op where the norm is a BatchNorm."""
     act = norm.act if act is None else act
-    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+    if isinstance(norm, BATCH_NORMS):
         return apply_conv_bn_act(conv, norm, x, act=act, residual=residual)
     y = norm(conv(x))  # activated, if the norm has an activation
     y = y if residual is None else y + residual

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bbfast.models._layers import SEModule, make_divisible
-from bbfast.nn import apply_conv_bn_act
+from bbfast.nn import BATCH_NORMS, apply_conv_bn_act
 from bbfast.ops._common import overridable
 from bbfast.reference.activation import activation
 
@@ -21,7 +21,7 @@ def conv_norm_act(
     conv: nn.Conv2d, norm: nn.Module, x: torch.Tensor, act: str, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`act(norm(conv(x)) + residual)`: one op where norm is a BatchNorm, one after the other where it is not."""
-    if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+    if isinstance(norm, BATCH_NORMS):
         return apply_conv_bn_act(conv, norm, x, act=act, residual=residual)
     x = norm(apply_conv_bn_act(conv, None, x, act="identity"))
     return activation(x if residual is None else x + residual, act)

@@ -7,12 +7,14 @@ from bbfast.nn.conv_bn_act import ConvBNAct, apply_conv_bn_act, to_inference_lay
 from bbfast.nn.convnext_block import ConvNeXtBlock
 from bbfast.nn.depthwise_conv_bn_act import DepthwiseConvBNAct, apply_depthwise_conv_bn_act
 from bbfast.nn.drop_path_add import DropPath, DropPathAdd
+from bbfast.nn.folded_batch_norm import BATCH_NORMS, FoldedBatchNorm2d
 from bbfast.nn.global_response_norm import GlobalResponseNorm
 from bbfast.nn.squeeze_excite import apply_squeeze_excite
 from bbfast.nn.swin_block import SwinBlock
 from bbfast.nn.window_attention import ShiftedWindowAttention, WindowAttention
 
 __all__ = [
+    "BATCH_NORMS",
     "AddLayerNorm",
     "BatchNormAct2d",
     "ConvBNAct",
@@ -20,6 +22,7 @@ __all__ = [
     "DepthwiseConvBNAct",
     "DropPath",
     "DropPathAdd",
+    "FoldedBatchNorm2d",
     "GlobalResponseNorm",
     "LayerNorm",
     "LayerNorm2d",

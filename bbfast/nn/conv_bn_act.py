@@ -7,6 +7,7 @@ from torch import nn
 
 from bbfast import ops
 from bbfast.nn._batch_norm import batch_norm_arguments
+from bbfast.nn.folded_batch_norm import without_folded
 from bbfast.ops._common import overridable
 from bbfast.reference.activation import activation
 
@@ -24,7 +25,8 @@ def apply_conv_bn_act(
 
     Args:
         conv: any groups, zero padding.
-        bn: a BatchNorm2d, in train or eval mode, or None. In train mode a SyncBatchNorm runs unfused.
+        bn: a BatchNorm2d, in train or eval mode, or None. In train mode a SyncBatchNorm runs unfused; one that was
+            folded counts as None.
         x: `[N, C, H, W]`.
         act: see `bbfast.ops.conv_bn_act`.
         padding: overrides `conv.padding`, e.g. `"same"` for TensorFlow's rule.
@@ -35,6 +37,7 @@ def apply_conv_bn_act(
     """
     if conv.padding_mode != "zeros":
         raise ValueError(f"conv has padding_mode={conv.padding_mode!r}; only 'zeros' is supported")
+    bn = without_folded(bn)
     if isinstance(bn, nn.SyncBatchNorm) and (bn.training or bn.running_mean is None):
         # Its statistics come from other processes. A subclass that activates must not do so twice.
         y = nn.SyncBatchNorm.forward(bn, apply_conv_bn_act(conv, None, x, act="identity", padding=padding))

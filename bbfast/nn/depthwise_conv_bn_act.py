@@ -8,6 +8,7 @@ from torch import nn
 from bbfast import ops
 from bbfast.nn._batch_norm import batch_norm_arguments
 from bbfast.nn.conv_bn_act import apply_conv_bn_act
+from bbfast.nn.folded_batch_norm import without_folded
 
 
 def apply_depthwise_conv_bn_act(
@@ -17,7 +18,8 @@ def apply_depthwise_conv_bn_act(
 
     Args:
         conv: depthwise (groups == in_channels), zero padding.
-        bn: a BatchNorm2d, in train or eval mode, or None. In train mode a SyncBatchNorm runs unfused.
+        bn: a BatchNorm2d, in train or eval mode, or None. In train mode a SyncBatchNorm runs unfused; one that was
+            folded counts as None.
         x: `[N, C, H, W]`.
         act: see `bbfast.ops.depthwise_conv_bn_act`.
         squeeze: also return the spatial means `[N, C]`.
@@ -30,6 +32,7 @@ def apply_depthwise_conv_bn_act(
         raise ValueError(f"conv has padding_mode={conv.padding_mode!r}; only 'zeros' is supported")
     if conv.groups != conv.in_channels:
         raise ValueError(f"conv has groups={conv.groups} for {conv.in_channels} channels; it must have one per channel")
+    bn = without_folded(bn)
     if isinstance(bn, nn.SyncBatchNorm) and (bn.training or bn.running_mean is None):
         y = apply_conv_bn_act(conv, bn, x, act=act, padding=padding)
         return (y, y.mean((2, 3))) if squeeze else y

@@ -17,8 +17,8 @@ from bbfast.nn import apply_conv_bn_act, apply_depthwise_conv_bn_act, apply_sque
 
 # The padding that the op shall use: None for the convolution's own.
 CONVS: dict[type[nn.Module], Callable[[nn.Module], str | None]] = {}
-# (BatchNorm or None, the activation module that runs at its end or None).
-NORMS: dict[type[nn.Module], Callable[[nn.Module], tuple[nn.Module | None, nn.Module | None]]] = {}
+# (BatchNorm or None, the activation that runs at its end: a module, the ops' name, or None).
+NORMS: dict[type[nn.Module], Callable[[nn.Module], tuple[nn.Module | None, nn.Module | str | None]]] = {}
 # The ops' name of an activation, None where they know none for this one.
 ACTIVATIONS: dict[type[nn.Module], Callable[[nn.Module], str | None]] = {}
 # Draws what each sample of a branch is multiplied by, `[N]`: takes the module, the branch and the dtype of the mask.
@@ -28,10 +28,12 @@ DROP_PATHS: dict[type[nn.Module], Callable[[nn.Module, torch.Tensor, torch.dtype
 SQUEEZE_EXCITES: dict[type[nn.Module], Callable[[nn.Module], tuple[nn.Module, str | None, nn.Module, str | None]]] = {}
 
 
-def activation_name(act: nn.Module | None) -> str | None:
-    """The ops' name of `act`; "identity" for None, None for one that they do not know."""
+def activation_name(act: nn.Module | str | None) -> str | None:
+    """The ops' name of `act`, which may be that name; "identity" for None, None for one that they do not know."""
     if act is None:
         return "identity"
+    if isinstance(act, str):
+        return act
     read = ACTIVATIONS.get(type(act))
     return None if read is None else read(act)
 

@@ -115,6 +115,7 @@ def objections_to(block: nn.Module, cls: type[Fast]) -> list[str]:
 # An adapter is imported when the foreign module that it is about already is.
 ADAPTERS = {
     "torch.nn": "bbfast.swap.torch_nn",
+    "bbfast.models": "bbfast.swap.own_models",
     "timm.layers": "bbfast.swap.timm_layers",
     "timm.models._efficientnet_blocks": "bbfast.swap.timm_mobile",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
-STATUSES = ("swapped", "already swapped", "skipped", "restored")
+STATUSES = ("swapped", "already swapped", "folded", "skipped", "restored")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from bbfast import ops
+from bbfast.nn import FoldedBatchNorm2d
 from bbfast.nn._batch_norm import batch_norm_arguments
-from bbfast.swap._blocks import ACTIVATIONS, CONVS, NORMS, activation_name, conv_norm_act
+from bbfast.swap._blocks import ACTIVATIONS, CONVS, NORMS, activation_name, conv_norm_act, lent_activation
 from bbfast.swap._fast import Fast, register
 from bbfast.swap._fingerprint import remember_torch_forward
 from bbfast.swap._lending import lender
@@ -29,6 +30,15 @@ for cls in (nn.BatchNorm2d, nn.SyncBatchNorm):
 
 lender(nn.Identity)
 NORMS[nn.Identity] = lambda norm: (None, None)
+
+
+def _read_folded(norm: FoldedBatchNorm2d) -> tuple[None, nn.Module | str]:
+    norm.check_inference()
+    return None, None if norm.act == "identity" else norm.act
+
+
+lender(FoldedBatchNorm2d, inner=lambda norm: lent_activation("act", norm._modules.get("act")))
+NORMS[FoldedBatchNorm2d] = _read_folded
 
 for cls, name in (
     (nn.Identity, "identity"),
@@ -67,10 +77,10 @@ def _run_at_start_of(layers: list[nn.Module]):
     norm, act = (*layers[conv is not None :][:2], None, None)[:2]
     if type(norm) not in NORMS or type(norm) is nn.Identity:
         return None
-    _, own_act = NORMS[type(norm)](norm)
+    bn, own_act = NORMS[type(norm)](norm)
     if own_act is not None or type(act) not in ACTIVATIONS or activation_name(act) is None:
         act = None
-    if conv is None and (act is None or own_act is not None):  # nothing to fuse with
+    if conv is None and (bn is None or act is None or own_act is not None):  # nothing to fuse with
         return None
     return conv, norm, act
 
