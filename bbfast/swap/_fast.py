@@ -97,6 +97,11 @@ def unsupported_reason(cls: type) -> str | None:
     return _unsupported.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
+def unsupported_reasons() -> dict[str, str]:
+    """By the qualified name of each class that the loaded adapters name as skipped: why."""
+    return dict(_unsupported)
+
+
 def objections_to(block: nn.Module, cls: type[Fast]) -> list[str]:
     """Why `block`, whose class `cls` replaces, should stay what it is (empty: it can become fast)."""
     if "forward" in block.__dict__:
