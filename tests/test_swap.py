@@ -521,6 +521,15 @@ def test_a_model_of_ones_own():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_scripting_says_to_restore_first():
+    model = small_model()
+    bbfast.swap(model)
+    before = swap_parity.classes(model)
+    with pytest.raises(RuntimeError, match=r"call bbfast\.restore\(model\) first"):
+        torch.jit.script(model)
+    assert swap_parity.classes(model) == before
+
+
 # ---- the report --------------------------------------------------------------------------------------------
 
 

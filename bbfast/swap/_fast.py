@@ -50,6 +50,13 @@ class Fast:
             return super().forward(*args, **kwargs)
         return self.fused_forward(*args, **kwargs)
 
+    def __prepare_scriptable__(self):
+        """Asked for by torch.jit.script, which cannot compile this and would say so in riddles."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile a swapped block ({type(self).__name__}): call bbfast.restore(model) first, "
+            "or trace with torch.jit.trace inside of bbfast.exportable()"
+        )
+
     def fused_forward(self, *args, **kwargs):
         """What the foreign forward returns."""
         raise NotImplementedError(f"{type(self).__name__} has no fused_forward")
