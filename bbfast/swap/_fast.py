@@ -53,7 +53,7 @@ class Fast:
     def __prepare_scriptable__(self):
         """Asked for by torch.jit.script, which cannot compile this and would say so in riddles."""
         raise RuntimeError(
-            f"torch.jit.script cannot compile a swapped block ({type(self).__name__}): call bbfast.restore(model) first, "
+            f"torch.jit.script cannot compile {type(self).__name__}, a swapped block: call bbfast.restore(model), "
             "or trace with torch.jit.trace inside of bbfast.exportable()"
         )
 
