@@ -16,7 +16,7 @@ demo: $(VENV)/.demo-installed
 	$(VENV)/bin/bbfast demo
 
 test: $(VENV)/.dev-installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev-installed
 	$(VENV)/bin/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numerics
+import pytest
 import timm
 import torch
 from torch import nn
@@ -14,10 +15,31 @@ import bbfast
 TRAINING = {"num_classes": 7, "drop_path_rate": 0.3, "drop_rate": 0.2}
 
 
+# What models fill their weights with, one operation or several after the other.
+FILLING = ("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_")
+
+
+def on_meta(library, name: str, **arguments) -> nn.Module:
+    """The model without memory. To draw random numbers that nobody can read takes longer than all the rest."""
+
+    def only_with_memory(fill):
+        return lambda tensor, *args, **kwargs: tensor if tensor.is_meta else fill(tensor, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for fill in FILLING:
+            patch.setattr(torch.Tensor, fill, only_with_memory(getattr(torch.Tensor, fill)))
+        return library.create_model(name, device="meta", **arguments)
+
+
 def random_state(name: str, library=bbfast, **arguments) -> dict[str, torch.Tensor]:
     """Random values for every parameter and buffer, so that no block hides behind a zero or a one."""
+    return random_values(on_meta(library, name, **arguments).state_dict())
+
+
+def random_values(shapes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`random_state` for the state of a model."""
     state = {}
-    for key, like in library.create_model(name, device="meta", **arguments).state_dict().items():
+    for key, like in shapes.items():
         if key.endswith("num_batches_tracked"):
             value = torch.tensor(0)
         elif key.endswith("running_var"):
@@ -36,7 +58,7 @@ def random_state(name: str, library=bbfast, **arguments) -> dict[str, torch.Tens
 
 def make(library, name: str, state: dict, dtype=torch.float32, **arguments) -> nn.Module:
     """The model with `state`, without the time that initialising it takes."""
-    model = library.create_model(name, device="meta", dtype=dtype, **arguments).to_empty(device="cpu")
+    model = on_meta(library, name, dtype=dtype, **arguments).to_empty(device="cpu")
     for module in model.modules():
         if hasattr(module, "init_non_persistent_buffers"):  # timm's: they are not in a state_dict
             module.init_non_persistent_buffers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 
@@ -14,7 +15,7 @@ from torch import nn
 import bbfast
 
 timm = pytest.importorskip("timm")
-from parity import forward, make, random_state  # noqa: E402
+from parity import forward, make, random_state, random_values  # noqa: E402
 
 # By name, the arguments that make a quick model of it.
 MODELS = {
@@ -48,9 +49,19 @@ def name(request) -> str:
     return request.param
 
 
-def twins(name: str, **arguments) -> tuple[nn.Module, nn.Module]:
+def twins(name: str) -> tuple[nn.Module, nn.Module]:
     """bbfast's and timm's, double precision, in eval mode, the same random weights."""
-    arguments = {"num_classes": 5, **MODELS[name], **arguments}
+    ours, theirs = (copy.deepcopy(model) for model in built_twins(name))
+    state = random_values(ours.state_dict())
+    for model in (ours, theirs):
+        model.load_state_dict(state)
+    return ours, theirs
+
+
+@functools.cache
+def built_twins(name: str) -> tuple[nn.Module, nn.Module]:
+    """Built once, since that takes longer than to copy them and to use them."""
+    arguments = {"num_classes": 5, **MODELS[name]}
     state = random_state(name, **arguments)
     return tuple(make(library, name, state, torch.float64, **arguments).eval() for library in (bbfast, timm))
 

@@ -46,7 +46,7 @@ def test_mobilenetv3_layers_on_other_architectures(tmp_path):
 
 # Each kernel of a training step, in both layouts and, where there is a choice of dtype, once in each.
 TRAINING = (
-    *("training 672x14x14", "k7 s1 gelu bf16 NCHW", "frozen", "add_layer_norm"),
+    *("training 672x14x14", "k7 s1 gelu bf16 NCHW", "frozen", "add_layer_norm 96x56x56"),
     *("batch_norm_act 256x56x56 bf16 NHWC", "batch_norm_act 256x56x56 fp32 NCHW"),
     *("drop_path_add 96x56x56 bf16 NHWC", "drop_path_add 96x56x56 fp32 NCHW"),
 )
@@ -69,10 +69,10 @@ def test_training_kernels(tmp_path):
     _check_training(_check(tmp_path, ["training"], [90], TRAINING))
 
 
-def _check_attention(reports):
+def _check_attention(reports, shapes):
     """Tensor cores in every pass over scores, and a forward pass that the instruction issue does not hold up."""
     forwards = [report for report in reports if report["kernel"] == "window_attention_forward_kernel"]
-    assert len(forwards) == 6 * len({report["arch"] for report in reports})
+    assert len(forwards) == shapes * len({report["arch"] for report in reports})
     for report in reports:
         if report["kernel"].startswith("window_attention"):
             wanted = {80: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}[report["arch"]]
@@ -86,12 +86,14 @@ def _check_attention(reports):
 
 
 def test_window_attention_kernels(tmp_path):
-    _check_attention(_check(tmp_path, ["window_attention"], [90]))
+    """Swin-T's shifted windows, its last stage, and the large windows of Swin-B."""
+    texts = ("attention 56x56", "attention 7x7", "attention 96x96")
+    _check_attention(_check(tmp_path, ["window_attention"], [90], texts), 3)
 
 
 @pytest.mark.slow
-def test_window_attention_kernels_of_other_architectures(tmp_path):
-    _check_attention(_check(tmp_path, ["window_attention"], [80, 100]))
+def test_window_attention_kernels_of_all_shapes_and_architectures(tmp_path):
+    _check_attention(_check(tmp_path, ["window_attention"], [80, 90, 100]), 6)
 
 
 @pytest.mark.slow

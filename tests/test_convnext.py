@@ -25,6 +25,7 @@ from parity import (  # noqa: E402
     assert_training_agrees,
     forward,
     make,
+    on_meta,
     random_state,
     training_step,
 )
@@ -82,7 +83,7 @@ def test_all_names_are_there():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_structure_as_timm(name):
-    ours, theirs = (library.create_model(name, device="meta", drop_path_rate=0.3) for library in (bbfast, timm))
+    ours, theirs = (on_meta(library, name, drop_path_rate=0.3) for library in (bbfast, timm))
     for model in (ours, theirs):
         model.shapes = [(key, tuple(value.shape)) for key, value in model.state_dict().items()]
         model.convs = [
@@ -465,7 +466,7 @@ def test_features_agree(kind, out_indices):
     "name", ["convnext_atto_ols", "convnextv2_atto", "convnext_zepto_rms_ols", "convnext_tiny_hnf"]
 )
 def test_extractors_have_timms_keys(name):
-    ours, theirs = (library.create_model(name, features_only=True, device="meta") for library in (bbfast, timm))
+    ours, theirs = (on_meta(library, name, features_only=True) for library in (bbfast, timm))
     assert [(k, v.shape) for k, v in ours.state_dict().items()] == [
         (k, v.shape) for k, v in theirs.state_dict().items()
     ]

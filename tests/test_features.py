@@ -21,6 +21,7 @@ from parity import (  # noqa: E402
     assert_equal_to_nine_digits,
     forward,
     make,
+    on_meta,
     random_state,
     training_step,
 )
@@ -90,7 +91,7 @@ def assert_holds(model: nn.Module, whole: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in NAMES])
 def test_same_structure_as_timm(name):
-    ours, theirs = (library.create_model(name, features_only=True, device="meta") for library in (bbfast, timm))
+    ours, theirs = (on_meta(library, name, features_only=True) for library in (bbfast, timm))
     for model in (ours, theirs):
         model.shapes = [(key, value.shape) for key, value in model.state_dict().items()]
     assert ours.shapes == theirs.shapes

@@ -25,6 +25,7 @@ from parity import (  # noqa: E402
     assert_training_agrees,
     forward,
     make,
+    on_meta,
     random_state,
     training_step,
 )
@@ -79,7 +80,7 @@ def assert_same(ours, theirs) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_structure_as_timm(name):
-    ours, theirs = (library.create_model(name, device="meta", drop_path_rate=0.3) for library in (bbfast, timm))
+    ours, theirs = (on_meta(library, name, drop_path_rate=0.3) for library in (bbfast, timm))
     assert describe(ours) == describe(theirs)
     for attribute in ("num_classes", "num_features", "head_hidden_size", "in_chans", "drop_rate", "feature_info"):
         assert getattr(ours, attribute) == getattr(theirs, attribute), attribute

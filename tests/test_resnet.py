@@ -28,6 +28,7 @@ from parity import (  # noqa: E402
     by_error,
     forward,
     make,
+    on_meta,
     random_state,
     rounded_anew,
     training_step,
@@ -89,13 +90,6 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def no_initialisation(monkeypatch):
-    """Random numbers on the meta device take most of the time that a model takes."""
-    for name in ("kaiming_normal_", "kaiming_uniform_", "uniform_"):
-        monkeypatch.setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
-
-
 def twins(name: str, theirs: dict | None = None, **arguments) -> tuple[nn.Module, nn.Module]:
     """bbfast's and timm's, double precision, the same random weights; `theirs` are arguments that timm calls so."""
     state = random_state(name, **arguments)
@@ -116,8 +110,8 @@ def test_every_name_of_timm_is_there():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_same_structure_as_timm(name, no_initialisation):
-    ours, theirs = bbfast.create_model(name, device="meta"), timm.create_model(name, device="meta")
+def test_same_structure_as_timm(name):
+    ours, theirs = on_meta(bbfast, name), on_meta(timm, name)
     assert describe(ours) == describe(theirs)
     attributes = ("num_classes", "num_features", "head_hidden_size", "in_chans", "drop_rate", "feature_info")
     for attribute in attributes:
@@ -232,8 +226,8 @@ def test_drop_block_agrees(name, size):
 
 
 @pytest.mark.parametrize("name", ["resnet50", "test_resnet"])
-def test_drop_path_rates_follow_timm(name, no_initialisation):
-    ours, theirs = (lib.create_model(name, drop_path_rate=0.2, device="meta") for lib in (bbfast, timm))
+def test_drop_path_rates_follow_timm(name):
+    ours, theirs = (on_meta(library, name, drop_path_rate=0.2) for library in (bbfast, timm))
 
     def rates(model):
         blocks = [block for stage in (1, 2, 3, 4) for block in getattr(model, f"layer{stage}")]
@@ -685,7 +679,7 @@ def test_pretrained_weights_are_adapted(name):
         assert torch.equal(ours[key], theirs[key]), key
 
 
-def test_old_names_are_timms(no_initialisation):
+def test_old_names_are_timms():
     ours, theirs = (library.models.get_deprecated_models("resnet") for library in (bbfast, timm))
     assert ours == theirs and len(ours) == 43
     with pytest.warns(UserWarning, match=r"gluon_resnet50_v1d is now called resnet50d\.gluon_in1k"):

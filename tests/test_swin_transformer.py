@@ -22,6 +22,7 @@ from parity import (  # noqa: E402
     assert_training_agrees,
     forward,
     make,
+    on_meta,
     random_state,
     training_step,
 )
@@ -53,7 +54,7 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_structure_as_timm(name):
-    ours, theirs = bbfast.create_model(name, device="meta"), timm.create_model(name, device="meta")
+    ours, theirs = on_meta(bbfast, name), on_meta(timm, name)
     for model in (ours, theirs):
         model.shapes = [(key, tuple(value.shape)) for key, value in model.state_dict().items()]
         model.layout = [
@@ -383,7 +384,8 @@ def test_inference_compiles_for_any_size():
 
 
 def test_training_compiles_without_graph_breaks():
-    arguments = {"img_size": (60, 92), **SHALLOW}
+    """Shifted and whole windows on both sides of a merging of patches; further stages are the same again."""
+    arguments = {"img_size": (60, 92), **SHALLOW, "depths": (2, 2), "num_heads": (1, 2)}
     state, x = random_state(TINY, **arguments), torch.randn(2, 3, 60, 92)
     model, compiled = (make(bbfast, TINY, state, torch.float64, **arguments) for _ in range(2))
     compiled.compile(fullgraph=True, backend="aot_eager")

@@ -318,7 +318,7 @@ def test_mixed_dtypes(dtypes, device, monkeypatch):
 
 def test_gradients_are_the_same_on_every_run(device, monkeypatch):
     use_kernels(monkeypatch, device)
-    for case in (Case((5, 9), shift=(3, 3), heads=2, batch=2), Case((9, 7), (9, 8), (4, 3), heads=1)):
+    for case in (Case((5, 9), shift=(3, 3), heads=1, batch=2), Case((9, 7), (9, 8), (4, 3), heads=1)):
         tensors = case.tensors(device)
         grad_y = torch.randn(case.batch, *case.size, case.channels, device=device)
         (y, grads), (y_again, grads_again) = (forward_and_backward(case.ours, tensors, grad_y) for _ in range(2))
