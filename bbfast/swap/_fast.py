@@ -130,6 +130,8 @@ ADAPTERS = {
     "bbfast.models": "bbfast.swap.own_models",
     "timm.layers": "bbfast.swap.timm_layers",
     "timm.models._efficientnet_blocks": "bbfast.swap.timm_mobile",
+    "timm.models.convnext": "bbfast.swap.timm_convnext",
+    "timm.models.swin_transformer": "bbfast.swap.timm_swin",
 }
 
 

@@ -69,11 +69,16 @@ def can_lend(modules: Iterable[nn.Module | None]) -> bool:
         if module is None:
             continue
         entry = _lenders.get(type(module))
-        if entry is None or _has_hooks(module) or "forward" in module.__dict__:
+        if entry is None or has_own_call(module):
             return False
         if entry.inner is not None and not can_lend([inner for _, inner in entry.inner(module)]):
             return False
     return True
+
+
+def has_own_call(module: nn.Module) -> bool:
+    """Whether something of this one module's, beside its class's forward, runs when it is called."""
+    return _has_hooks(module) or "forward" in module.__dict__
 
 
 def _has_hooks(module: nn.Module) -> bool:
