@@ -24,8 +24,10 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[nn.Module], str | None]] = {}
 # Draws what each sample of a branch is multiplied by, `[N]`: takes the module, the branch and the dtype of the mask.
 DROP_PATHS: dict[type[nn.Module], Callable[[nn.Module, torch.Tensor, torch.dtype], torch.Tensor]] = {}
 # (conv_reduce, activation between, conv_expand, gate by the name in `bbfast.nn.apply_squeeze_excite`), names None where
-# none is known.
-SQUEEZE_EXCITES: dict[type[nn.Module], Callable[[nn.Module], tuple[nn.Module, str | None, nn.Module, str | None]]] = {}
+# none is known; None for a module that does something else besides.
+SQUEEZE_EXCITES: dict[
+    type[nn.Module], Callable[[nn.Module], tuple[nn.Module, str | None, nn.Module, str | None] | None]
+] = {}
 
 
 def activation_name(act: nn.Module | str | None) -> str | None:
@@ -48,6 +50,11 @@ def lent_squeeze_excite(name: str, squeeze_excite: nn.Module | None) -> list[tup
     return [] if _read_squeeze_excite(squeeze_excite) is None else [(name, squeeze_excite)]
 
 
+def lent_identity(name: str, layer: nn.Module | None) -> list[tuple[str, nn.Module]]:
+    """The same for a layer that is called unless it does nothing."""
+    return [(name, layer)] if type(layer) is nn.Identity else []
+
+
 def _read_squeeze_excite(squeeze_excite: nn.Module | None):
     read = SQUEEZE_EXCITES.get(type(squeeze_excite))
     parts = None if read is None else read(squeeze_excite)
@@ -65,35 +72,61 @@ def conv_norm_act(
     *,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`act(norm(conv(x)) + residual)`; norm may hold the activation itself, an unknown activation runs afterwards."""
-    bn, name, tail = _read(norm, act)
+    """`act(norm(conv(x)) + residual)`; norm may hold an activation itself, unknown activations run afterwards."""
+    bn, acts = _read(norm, act)
+    own_act = acts[0]
+    if residual is not None and own_act is not None:  # which comes before the addition
+        y = conv_norm_act(x, conv, norm) + residual
+        return y if act is None else act(y)
+    name, tails = _split(acts)
+    x = _in_layout_of_output(x, conv)
     if residual is None and _is_depthwise(conv):
         y = apply_depthwise_conv_bn_act(conv, bn, x, act=name, padding=CONVS[type(conv)](conv))
     else:
         y = apply_conv_bn_act(conv, bn, x, act=name, padding=CONVS[type(conv)](conv), residual=residual)
-    return y if tail is None else tail(y)
+    for tail in tails:
+        y = tail(y)
+    return y
 
 
 def conv_norm_act_squeeze_excite(
     x: torch.Tensor, conv: nn.Module, norm: nn.Module | None, act: nn.Module | None, squeeze_excite: nn.Module | None
 ) -> torch.Tensor:
     """`squeeze_excite(act(norm(conv(x))))`; a depthwise convolution hands out the means that it needs."""
-    bn, name, tail = _read(norm, act)
     parts = _read_squeeze_excite(squeeze_excite)
-    if parts is None or tail is not None or not _is_depthwise(conv):
+    if parts is None:
         y = conv_norm_act(x, conv, norm, act)
         return y if squeeze_excite is None else squeeze_excite(y)
+    bn, acts = _read(norm, act)
+    name, tails = _split(acts)
+    if _is_depthwise(conv) and not tails:
+        y, means = apply_depthwise_conv_bn_act(conv, bn, x, act=name, padding=CONVS[type(conv)](conv), squeeze=True)
+    else:
+        y = conv_norm_act(x, conv, norm, act)
+        means = y.mean((2, 3))
     reduce, inner_act, expand, gate = parts
-    y, means = apply_depthwise_conv_bn_act(conv, bn, x, act=name, padding=CONVS[type(conv)](conv), squeeze=True)
     return apply_squeeze_excite(y, means, reduce, expand, act=inner_act, gate=gate, inplace=True)
 
 
-def _read(norm: nn.Module | None, act: nn.Module | None) -> tuple[nn.Module | None, str, nn.Module | None]:
-    """(BatchNorm, the activation that the op does, the module that has to run after it or None)."""
+def _read(norm: nn.Module | None, act: nn.Module | None):
+    """(BatchNorm or None, (the activation that norm ends with, act)), with None for activations that do nothing."""
     bn, own_act = (None, None) if norm is None else NORMS[type(norm)](norm)
-    act = act if own_act is None else own_act
-    name = activation_name(act)
-    return (bn, "identity", act) if name is None else (bn, name, None)
+    return bn, tuple(None if activation_name(each) == "identity" else each for each in (own_act, act))
+
+
+def _split(acts) -> tuple[str, list[nn.Module]]:
+    """(what the op does of these activations, the modules that have to run after it)."""
+    modules = [act for act in acts if act is not None]
+    name = activation_name(modules[0]) if modules else None
+    return ("identity", modules) if name is None else (name, modules[1:])
+
+
+def _in_layout_of_output(x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
+    """torch's convolutions return channels_last if either x or the weight is; ours go by x."""
+    channels_last = torch.channels_last
+    if conv.weight.is_contiguous() or not conv.weight.is_contiguous(memory_format=channels_last):
+        return x
+    return x.contiguous(memory_format=channels_last) if x.is_contiguous() else x
 
 
 def _is_depthwise(conv: nn.Module) -> bool:

@@ -132,6 +132,8 @@ ADAPTERS = {
     "timm.models._efficientnet_blocks": "bbfast.swap.timm_mobile",
     "timm.models.convnext": "bbfast.swap.timm_convnext",
     "timm.models.swin_transformer": "bbfast.swap.timm_swin",
+    "timm.models.resnet": "bbfast.swap.timm_resnet",
+    "timm.models.regnet": "bbfast.swap.timm_regnet",
 }
 
 

@@ -8,6 +8,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.conv_bn_act import ConvNormAct
 from timm.layers.drop import DropPath
 from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
+from timm.layers.squeeze_excite import SEModule
 from torch import nn
 
 from bbfast import ops
@@ -17,8 +18,10 @@ from bbfast.swap._blocks import (
     CONVS,
     DROP_PATHS,
     NORMS,
+    SQUEEZE_EXCITES,
     activation_name,
     conv_norm_act,
+    conv_norm_act_squeeze_excite,
     lent_activation,
 )
 from bbfast.swap._fast import Fast, register
@@ -91,6 +94,10 @@ class FastBatchNormAct2d(Fast, BatchNormAct2d):
     lends = ("drop",)
 
     @classmethod
+    def concerns(cls, block):
+        return activation_name(block.act) != "identity"
+
+    @classmethod
     def lent(cls, block):
         return [*super().lent(block), *_lent_by_norm(block)]
 
@@ -116,5 +123,50 @@ class FastConvNormAct(Fast, ConvNormAct):
     lends = ("conv", "bn")
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = conv_norm_act(x, self.conv, self.bn)
-        return x if self.aa is None else self.aa(x)
+        return run_conv_norm_act(x, self)
+
+
+for cls in (ConvNormAct, FastConvNormAct):
+    lender(cls, read_as=ConvNormAct)
+
+
+def lent_conv_norm_act(name: str, layer: nn.Module | None) -> list[tuple[str, nn.Module]]:
+    """What a fast class has to say that it lends if it gives `layer` to `run_conv_norm_act`."""
+    if not _is_conv_norm_act(layer):
+        return []
+    return [(name, layer), (f"{name}.conv", layer.conv), (f"{name}.bn", layer.bn)]
+
+
+def run_conv_norm_act(
+    x: torch.Tensor, layer: nn.Module, act: nn.Module | None = None, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`act(layer(x) + residual)`, as one op if layer is a ConvNormAct; any other runs itself."""
+    if _is_conv_norm_act(layer) and layer.aa is None:
+        return conv_norm_act(x, layer.conv, layer.bn, act, residual=residual)
+    y = layer.aa(conv_norm_act(x, layer.conv, layer.bn)) if _is_conv_norm_act(layer) else layer(x)
+    y = y if residual is None else y + residual
+    return y if act is None else act(y)
+
+
+def run_conv_norm_act_squeeze_excite(x: torch.Tensor, layer: nn.Module, squeeze_excite: nn.Module) -> torch.Tensor:
+    """`squeeze_excite(layer(x))`, likewise."""
+    if _is_conv_norm_act(layer) and layer.aa is None:
+        return conv_norm_act_squeeze_excite(x, layer.conv, layer.bn, None, squeeze_excite)
+    return squeeze_excite(run_conv_norm_act(x, layer))
+
+
+def _is_conv_norm_act(layer: nn.Module | None) -> bool:
+    return type(layer) in (ConvNormAct, FastConvNormAct)
+
+
+# ---- squeeze-and-excite ------------------------------------------------------------------------------------
+
+
+def _parts_of_squeeze_excite(se: SEModule):
+    if se.add_maxpool or type(se.bn) is not nn.Identity:
+        return None
+    return se.fc1, activation_name(se.act), se.fc2, GATES.get(type(se.gate))
+
+
+lender(SEModule, inner=lambda se: [(name, getattr(se, name)) for name in ("fc1", "bn", "act", "fc2", "gate")])
+SQUEEZE_EXCITES[SEModule] = _parts_of_squeeze_excite

@@ -8,7 +8,9 @@ from timm.models._efficientnet_blocks import (
     DepthwiseSeparableConv,
     EdgeResidual,
     InvertedResidual,
+    LayerScale2d,
     SqueezeExcite,
+    UniversalInvertedResidual,
 )
 from torch import nn
 
@@ -19,11 +21,13 @@ from bbfast.swap._blocks import (
     conv_norm_act,
     conv_norm_act_squeeze_excite,
     conv_norm_add,
+    draws,
+    lent_identity,
     lent_squeeze_excite,
 )
 from bbfast.swap._fast import Fast, register, unsupported
 from bbfast.swap._lending import lender
-from bbfast.swap.timm_layers import GATES
+from bbfast.swap.timm_layers import GATES, lent_conv_norm_act, run_conv_norm_act
 
 lender(
     SqueezeExcite,
@@ -45,6 +49,10 @@ class FastConvBnAct(Fast, ConvBnAct):
 
     lends = ("conv", "bn1", "drop_path")
 
+    @classmethod
+    def lent(cls, block):
+        return [*super().lent(block), *lent_identity("aa", block.aa)]
+
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.has_skip and type(self.aa) is nn.Identity:
             return conv_norm_add(x, self.conv, self.bn1, x, self.drop_path)
@@ -57,7 +65,7 @@ class _WithSqueezeExcite(Fast):
 
     @classmethod
     def lent(cls, block):
-        return [*super().lent(block), *lent_squeeze_excite("se", block.se)]
+        return [*super().lent(block), *lent_identity("aa", block.aa), *lent_squeeze_excite("se", block.se)]
 
     def _space_to_depth(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.conv_s2d is None else conv_norm_act(x, self.conv_s2d, self.bn_s2d)
@@ -108,6 +116,38 @@ class FastEdgeResidual(_WithSqueezeExcite, EdgeResidual):
         return self._finish(y, self.conv_pwl, self.bn2, x)
 
 
+lender(LayerScale2d)
+
+
+@register
+class FastUniversalInvertedResidual(Fast, UniversalInvertedResidual):
+    """The last convolution takes the shortcut along, or one op scales, drops and adds; the others run themselves."""
+
+    lends = ("drop_path", "layer_scale")
+
+    @classmethod
+    def lent(cls, block):
+        last = "pw_proj" if type(block.dw_end) is nn.Identity else "dw_end"
+        lent_last = lent_conv_norm_act(last, getattr(block, last))
+        return [*super().lent(block), *lent_identity("dw_end", block.dw_end), *lent_last]
+
+    def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.se(self.dw_mid(self.pw_exp(self.dw_start(x))))
+        last = self.pw_proj
+        if type(self.dw_end) is not nn.Identity:
+            y, last = self.pw_proj(y), self.dw_end
+        gamma = getattr(self.layer_scale, "gamma", None)
+        if not self.has_skip:
+            return self.layer_scale(run_conv_norm_act(y, last))
+        if gamma is None and not draws(self.drop_path):
+            return run_conv_norm_act(y, last, residual=x)
+        return add_branch(x, run_conv_norm_act(y, last), self.drop_path, gamma)
+
+
 unsupported(
     "timm.models._efficientnet_blocks.CondConvResidual", "its convolutions mix their weights anew for each sample"
+)
+unsupported(
+    "timm.models._efficientnet_blocks.MobileAttention",
+    "no op does its attention of maps; layers inside it that fuse are swapped on their own",
 )

@@ -110,9 +110,10 @@ class FusedRuns(Fast):
 
 
 def norm_act(x: torch.Tensor, norm: nn.Module, act: nn.Module) -> torch.Tensor:
-    """`act(norm(x))` as one op; `norm` has no activation of its own."""
-    bn, _ = NORMS[type(norm)](norm)
-    if isinstance(bn, nn.SyncBatchNorm) and bn.training:
+    """`act(norm(x))`, as one op where both are known and norm has no activation of its own."""
+    bn, own_act = NORMS[type(norm)](norm)
+    known = bn is not None and activation_name(own_act) == "identity" and activation_name(act) is not None
+    if not known or (isinstance(bn, nn.SyncBatchNorm) and bn.training):
         return act(norm(x))
     statistics, settings = batch_norm_arguments(bn)
     return ops.batch_norm_act(x, *statistics, act=activation_name(act), **settings)
