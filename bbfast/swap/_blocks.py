@@ -80,7 +80,7 @@ def conv_norm_act(
         return y if act is None else act(y)
     name, tails = _split(acts)
     x = _in_layout_of_output(x, conv)
-    if residual is None and _is_depthwise(conv):
+    if residual is None and is_depthwise(conv):
         y = apply_depthwise_conv_bn_act(conv, bn, x, act=name, padding=CONVS[type(conv)](conv))
     else:
         y = apply_conv_bn_act(conv, bn, x, act=name, padding=CONVS[type(conv)](conv), residual=residual)
@@ -99,7 +99,7 @@ def conv_norm_act_squeeze_excite(
         return y if squeeze_excite is None else squeeze_excite(y)
     bn, acts = _read(norm, act)
     name, tails = _split(acts)
-    if _is_depthwise(conv) and not tails:
+    if is_depthwise(conv) and not tails:
         y, means = apply_depthwise_conv_bn_act(conv, bn, x, act=name, padding=CONVS[type(conv)](conv), squeeze=True)
     else:
         y = conv_norm_act(x, conv, norm, act)
@@ -129,7 +129,7 @@ def _in_layout_of_output(x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
     return x.contiguous(memory_format=channels_last) if x.is_contiguous() else x
 
 
-def _is_depthwise(conv: nn.Module) -> bool:
+def is_depthwise(conv: nn.Module) -> bool:
     return conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
 
 

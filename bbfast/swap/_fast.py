@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Iterable
 
-from torch import nn
+from torch import fx, nn
 
 from bbfast import dispatch
 from bbfast.swap import _fingerprint, _lending
@@ -24,10 +25,12 @@ class Fast:
         lends: names of inner modules that fused_forward uses without calling them, if they are there. A norm stands
             right behind the convolution whose result it takes, and nowhere else (`bbfast.fold_bn_` goes by that).
         relies_on: qualified names of further foreign functions that were read beside forward.
+        leaf: whether torch.fx records one call of the block, which so stays fast, or looks into the foreign forward.
     """
 
     lends: tuple[str, ...] = ()
     relies_on: tuple[str, ...] = ()
+    leaf: bool = True
 
     @classmethod
     def lent(cls, block: nn.Module) -> Iterable[tuple[str, nn.Module | None]]:
@@ -46,7 +49,10 @@ class Fast:
         return []
 
     def forward(self, *args, **kwargs):
-        if dispatch.wants_plain_torch() or not _lending.can_lend([module for _, module in self.lent(self)]):
+        tracer = _tracer(*args, *kwargs.values())
+        if tracer is not None and self.leaf and tracer.root is not self:
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        if tracer is not None or dispatch.wants_plain_torch() or not self._can_bypass():
             return super().forward(*args, **kwargs)
         return self.fused_forward(*args, **kwargs)
 
@@ -57,9 +63,22 @@ class Fast:
             "or trace with torch.jit.trace inside of bbfast.exportable()"
         )
 
+    def _can_bypass(self) -> bool:
+        return _lending.can_lend([module for _, module in self.lent(self)])
+
     def fused_forward(self, *args, **kwargs):
         """What the foreign forward returns."""
         raise NotImplementedError(f"{type(self).__name__} has no fused_forward")
+
+
+def _tracer(*values) -> fx.Tracer | None:
+    """The one that sent these arguments of a forward, some of them in lists, to record what becomes of them."""
+    for value in values:
+        if isinstance(value, fx.Proxy):
+            return value.tracer
+        if isinstance(value, (list, tuple)) and (tracer := _tracer(*value)) is not None:
+            return tracer
+    return None
 
 
 _fast_classes: dict[type[nn.Module], type[Fast]] = {}
@@ -70,9 +89,20 @@ _unsupported: dict[str, str] = {}
 def register(cls: type[Fast]) -> type[Fast]:
     """Decorator of a fast class: exact instances of its second base can become it."""
     foreign = cls.__bases__[1]
+    cls.forward = _with_signature_of(foreign.forward)
     _fast_classes[foreign] = cls
     _foreign_classes[cls] = foreign
     return cls
+
+
+def _with_signature_of(foreign_forward):
+    """`Fast.forward` for those who ask what a model takes, such as torch.fx."""
+
+    @functools.wraps(foreign_forward)
+    def forward(self, *args, **kwargs):
+        return Fast.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def unsupported(name: str, reason: str) -> None:
@@ -134,6 +164,11 @@ ADAPTERS = {
     "timm.models.swin_transformer": "bbfast.swap.timm_swin",
     "timm.models.resnet": "bbfast.swap.timm_resnet",
     "timm.models.regnet": "bbfast.swap.timm_regnet",
+    "torchvision.ops.misc": "bbfast.swap.torchvision_layers",
+    "torchvision.models.convnext": "bbfast.swap.torchvision_convnext",
+    "torchvision.models.regnet": "bbfast.swap.torchvision_mobile",
+    "torchvision.models.segmentation": "bbfast.swap.torchvision_resnet",
+    "torchvision.models.swin_transformer": "bbfast.swap.torchvision_swin",
 }
 
 

@@ -28,12 +28,14 @@ class Lender:
             a class that has none.
         read_as: the class whose forward was read.
         relies_on: qualified names of further foreign functions that were read beside it.
+        ready: takes such a module, returns whether it can lend in this call; None for a class that always can.
     """
 
     objections: Callable[[nn.Module], list[str]]
     inner: Callable[[nn.Module], Sequence[tuple[str, nn.Module | None]]] | None
     read_as: type[nn.Module]
     relies_on: tuple[str, ...]
+    ready: Callable[[nn.Module], bool] | None
 
 
 _lenders: dict[type[nn.Module], Lender] = {}
@@ -46,9 +48,10 @@ def lender(
     inner: Callable[[nn.Module], Sequence[tuple[str, nn.Module | None]]] | None = None,
     read_as: type[nn.Module] | None = None,
     relies_on: tuple[str, ...] = (),
+    ready: Callable[[nn.Module], bool] | None = None,
 ) -> None:
     """Says that modules of exactly this class can lend; see `Lender`."""
-    _lenders[cls] = Lender(objections, inner, read_as or cls, relies_on)
+    _lenders[cls] = Lender(objections, inner, read_as or cls, relies_on, ready)
     if cls.__module__.startswith("torch."):
         _fingerprint.remember_torch_forward(cls)
 
@@ -69,7 +72,7 @@ def can_lend(modules: Iterable[nn.Module | None]) -> bool:
         if module is None:
             continue
         entry = _lenders.get(type(module))
-        if entry is None or has_own_call(module):
+        if entry is None or has_own_call(module) or not (entry.ready is None or entry.ready(module)):
             return False
         if entry.inner is not None and not can_lend([inner for _, inner in entry.inner(module)]):
             return False

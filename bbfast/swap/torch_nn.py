@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -61,9 +63,17 @@ remember_torch_forward(nn.Sequential)
 # ---- runs ------------------------------------------------------------------------------------------------
 
 
-def runs(layers: nn.Sequential) -> list[tuple[nn.Module | None, nn.Module | None, nn.Module | None]]:
+Run = tuple[nn.Module | None, nn.Module | None, nn.Module | None]
+
+
+def runs(layers: nn.Sequential) -> list[Run]:
     """The layers as (convolution, norm, activation) where such follow each other, others as (None, None, layer)."""
-    found, rest = [], list(layers._modules.values())
+    return runs_in(layers._modules.values())
+
+
+def runs_in(layers: Iterable[nn.Module]) -> list[Run]:
+    """`runs` of layers that need not be in one module."""
+    found, rest = [], list(layers)
     while rest:
         run = _run_at_start_of(rest)
         found.append(run or (None, None, rest[0]))
@@ -87,6 +97,8 @@ def _run_at_start_of(layers: list[nn.Module]):
 
 class FusedRuns(Fast):
     """Fast base of nn.Sequential and its subclasses that leave forward alone: each run is one op."""
+
+    leaf = False  # it may hold whole stages, whose outputs are asked for
 
     @classmethod
     def concerns(cls, block: nn.Sequential) -> bool:
