@@ -13,6 +13,8 @@ from torch import nn
 from bbfast import ops
 from bbfast.nn import apply_conv_bn_act, apply_depthwise_conv_bn_act, apply_squeeze_excite
 
+Padding = str | tuple[int, int, int, int] | None  # in the words of the ops; None for the convolution's own
+
 # ---- readers, by the exact class of a module ---------------------------------------------------------------
 
 # The padding that the op shall use: None for the convolution's own.
@@ -71,41 +73,67 @@ def conv_norm_act(
     act: nn.Module | None = None,
     *,
     residual: torch.Tensor | None = None,
+    padding: Padding = None,
 ) -> torch.Tensor:
-    """`act(norm(conv(x)) + residual)`; norm may hold an activation itself, unknown activations run afterwards."""
+    """`act(norm(conv(x)) + residual)`; norm may hold an activation itself, unknown activations run afterwards.
+
+    `padding` takes the place of the convolution's own.
+    """
+    if type(conv) not in CONVS or not (norm is None or type(norm) in NORMS):  # somebody put others in their places
+        return _one_after_the_other(x, conv, norm, act, residual)
     bn, acts = _read(norm, act)
     own_act = acts[0]
     if residual is not None and own_act is not None:  # which comes before the addition
-        y = conv_norm_act(x, conv, norm) + residual
+        y = conv_norm_act(x, conv, norm, padding=padding) + residual
         return y if act is None else act(y)
     name, tails = _split(acts)
     x = _in_layout_of_output(x, conv)
+    padding = CONVS[type(conv)](conv) if padding is None else padding
     if residual is None and is_depthwise(conv):
-        y = apply_depthwise_conv_bn_act(conv, bn, x, act=name, padding=CONVS[type(conv)](conv))
+        y = apply_depthwise_conv_bn_act(conv, bn, x, act=name, padding=padding)
     else:
-        y = apply_conv_bn_act(conv, bn, x, act=name, padding=CONVS[type(conv)](conv), residual=residual)
+        y = apply_conv_bn_act(conv, bn, x, act=name, padding=padding, residual=residual)
     for tail in tails:
         y = tail(y)
     return y
 
 
 def conv_norm_act_squeeze_excite(
-    x: torch.Tensor, conv: nn.Module, norm: nn.Module | None, act: nn.Module | None, squeeze_excite: nn.Module | None
+    x: torch.Tensor,
+    conv: nn.Module,
+    norm: nn.Module | None,
+    act: nn.Module | None,
+    squeeze_excite: nn.Module | None,
+    *,
+    padding: Padding = None,
 ) -> torch.Tensor:
     """`squeeze_excite(act(norm(conv(x))))`; a depthwise convolution hands out the means that it needs."""
     parts = _read_squeeze_excite(squeeze_excite)
     if parts is None:
-        y = conv_norm_act(x, conv, norm, act)
+        y = conv_norm_act(x, conv, norm, act, padding=padding)
         return y if squeeze_excite is None else squeeze_excite(y)
-    bn, acts = _read(norm, act)
-    name, tails = _split(acts)
-    if is_depthwise(conv) and not tails:
-        y, means = apply_depthwise_conv_bn_act(conv, bn, x, act=name, padding=CONVS[type(conv)](conv), squeeze=True)
-    else:
-        y = conv_norm_act(x, conv, norm, act)
-        means = y.mean((2, 3))
+    y, means = _with_means(x, conv, norm, act, padding)
     reduce, inner_act, expand, gate = parts
     return apply_squeeze_excite(y, means, reduce, expand, act=inner_act, gate=gate, inplace=True)
+
+
+def _with_means(x: torch.Tensor, conv: nn.Module, norm, act, padding: Padding) -> tuple[torch.Tensor, torch.Tensor]:
+    """`act(norm(conv(x)))` and its means over H and W, which a depthwise op has at hand."""
+    if type(conv) in CONVS and is_depthwise(conv) and (norm is None or type(norm) in NORMS):
+        bn, acts = _read(norm, act)
+        name, tails = _split(acts)
+        if not tails:
+            padding = CONVS[type(conv)](conv) if padding is None else padding
+            return apply_depthwise_conv_bn_act(conv, bn, x, act=name, padding=padding, squeeze=True)
+    y = conv_norm_act(x, conv, norm, act, padding=padding)
+    return y, y.mean((2, 3))
+
+
+def _one_after_the_other(x: torch.Tensor, conv: nn.Module, norm, act, residual: torch.Tensor | None) -> torch.Tensor:
+    y = conv(x)
+    y = y if norm is None else norm(y)
+    y = y if residual is None else y + residual
+    return y if act is None else act(y)
 
 
 def _read(norm: nn.Module | None, act: nn.Module | None):
@@ -151,7 +179,10 @@ def add_branch(
     layer_scale: torch.Tensor | None = None,
     channel_dim: int = 1,
 ) -> torch.Tensor:
-    """`shortcut + drop_path(branch * layer_scale)` as one op."""
+    """`shortcut + drop_path(branch * layer_scale)` as one op, if it is known how `drop_path` draws."""
+    if draws(drop_path) and type(drop_path) not in DROP_PATHS:
+        scale = layer_scale if layer_scale is None or channel_dim != 1 else layer_scale.view(-1, 1, 1)
+        return shortcut + drop_path(branch if scale is None else branch * scale)
     mask = draw_mask(drop_path, branch, layer_scale)
     return ops.drop_path_add(shortcut, branch, layer_scale=layer_scale, channel_dim=channel_dim, mask=mask)
 
@@ -160,7 +191,7 @@ def conv_norm_add(
     x: torch.Tensor, conv: nn.Module, norm: nn.Module, shortcut: torch.Tensor, drop_path: nn.Module | None
 ) -> torch.Tensor:
     """`shortcut + drop_path(norm(conv(x)))`, which without anything to drop is one op."""
-    _, own_act = NORMS[type(norm)](norm)
+    own_act = NORMS[type(norm)](norm)[1] if type(norm) in NORMS else norm
     if draws(drop_path) or activation_name(own_act) != "identity":
         return add_branch(shortcut, conv_norm_act(x, conv, norm), drop_path)
     return conv_norm_act(x, conv, norm, residual=shortcut)

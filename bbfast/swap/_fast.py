@@ -169,6 +169,18 @@ ADAPTERS = {
     "torchvision.models.regnet": "bbfast.swap.torchvision_mobile",
     "torchvision.models.segmentation": "bbfast.swap.torchvision_resnet",
     "torchvision.models.swin_transformer": "bbfast.swap.torchvision_swin",
+    "transformers.activations": "bbfast.swap.transformers_layers",
+    "transformers.models.swin.modeling_swin": "bbfast.swap.transformers_swin",
+    "transformers.models.donut.modeling_donut_swin": "bbfast.swap.transformers_donut",
+    "transformers.models.maskformer.modeling_maskformer_swin": "bbfast.swap.transformers_maskformer",
+    "transformers.models.clap.modeling_clap": "bbfast.swap.transformers_clap",
+    "transformers.models.efficientnet.modeling_efficientnet": "bbfast.swap.transformers_efficientnet",
+    "transformers.models.resnet.modeling_resnet": "bbfast.swap.transformers_resnet",
+    "transformers.models.regnet.modeling_regnet": "bbfast.swap.transformers_regnet",
+    "transformers.models.convnext.modeling_convnext": "bbfast.swap.transformers_convnext",
+    "transformers.models.convnextv2.modeling_convnextv2": "bbfast.swap.transformers_convnextv2",
+    "transformers.models.mobilenet_v1.modeling_mobilenet_v1": "bbfast.swap.transformers_mobilenet_v1",
+    "transformers.models.mobilenet_v2.modeling_mobilenet_v2": "bbfast.swap.transformers_mobilenet_v2",
 }
 
 

@@ -67,6 +67,8 @@ def known_sources(library: str) -> dict[str, dict[str, list[str]]]:
 @functools.cache
 def objection_to(name: str, function) -> str | None:
     """Why `function`, which stands under the qualified `name`, is not what was read; None if it is."""
+    if (maker := _maker_of(function)) is not None:
+        return objection_to(maker, _resolve(maker)) or objection_to(name, function.__wrapped__)
     library = name.partition(".")[0]
     known = known_sources(library).get(name)
     if known is None:
@@ -81,6 +83,45 @@ def objection_to(name: str, function) -> str | None:
     return f"{name} is not the code of {library} {_enumerate(versions)}: it was patched, or this is another version"
 
 
+# Functions that adapters rely on in releases other than the installed one; see `of_other_releases`.
+_of_other_releases: set[str] = set()
+
+
+def of_other_releases(*names: str) -> None:
+    """Says that functions of these qualified names were read, too, in releases that have them."""
+    _of_other_releases.update(names)
+
+
+def names_of_other_releases() -> frozenset[str]:
+    return frozenset(_of_other_releases)
+
+
+# Functions that put a wrapper around the forwards of classes; see `knows_wrappers_of`.
+_wrapper_makers: list[str] = []
+
+
+def knows_wrappers_of(name: str) -> None:
+    """Says that a wrapper which the function of this qualified name puts around a forward leaves what it does alone.
+
+    What was read is then that function's code and the wrapped forward's.
+    """
+    _wrapper_makers.append(name)
+
+
+def wrapper_makers() -> tuple[str, ...]:
+    return tuple(_wrapper_makers)
+
+
+def _maker_of(function) -> str | None:
+    """The function known to make wrappers which has made `function`, if one has."""
+    made = getattr(function, "__code__", None)
+    for name in _wrapper_makers:
+        code = getattr(_resolve(name), "__code__", None)
+        if code is not None and made in code.co_consts:
+            return name
+    return None
+
+
 # torch's forwards as they were when bbfast was imported: later ones are somebody's patch.
 _torch_forwards: dict[type[nn.Module], object] = {}
 
@@ -92,7 +133,9 @@ def remember_torch_forward(cls: type[nn.Module]) -> None:
 
 def objections_to_code(cls: type[nn.Module], relies_on: tuple[str, ...]) -> list[str]:
     """Why what instances of `cls` run is not what was read: their forward, and functions by qualified name."""
-    objections = [_objection_to_forward(cls), *(objection_to(name, _resolve(name)) for name in relies_on)]
+    functions = ((name, _resolve(name)) for name in relies_on)
+    # A function that is not there is called by no code that was read: where it was, the caller was another.
+    objections = [_objection_to_forward(cls), *(objection_to(name, found) for name, found in functions if found)]
     return [objection for objection in objections if objection]
 
 
@@ -126,11 +169,11 @@ def _enumerate(versions: list[str]) -> str:
 
 
 def _resolve(name: str):
-    """The function of this qualified name, in a module that is imported already."""
+    """The function of this qualified name, in a module that is imported already; None if it is not there."""
     module_name = name
     while module_name not in sys.modules:
         module_name = module_name.rpartition(".")[0]
     found = sys.modules[module_name]
     for attribute in name[len(module_name) + 1 :].split("."):
-        found = getattr(found, attribute)
+        found = getattr(found, attribute, None)
     return found

@@ -106,7 +106,7 @@ def _survey(model: nn.Module) -> tuple[list[_Pair], dict[str, str]]:
         for pair, objections in _pairs_in(path, block):
             if id(pair.norm) in found or id(pair.norm) in reasons:  # two blocks that know it agree on it
                 continue
-            if uses[id(pair.norm)] > 1 or uses[id(pair.conv)] > 1 or weights[id(pair.conv.weight)] > 1:
+            if not objections and max(uses[id(pair.norm)], uses[id(pair.conv)], weights[id(pair.conv.weight)]) > 1:
                 objections = ["the convolution, its weight or the norm is used at several places"]
             if objections:
                 reasons[id(pair.norm)] = "; ".join(objections)

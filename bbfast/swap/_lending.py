@@ -81,10 +81,11 @@ def can_lend(modules: Iterable[nn.Module | None]) -> bool:
 
 def has_own_call(module: nn.Module) -> bool:
     """Whether something of this one module's, beside its class's forward, runs when it is called."""
-    return _has_hooks(module) or "forward" in module.__dict__
+    return has_hooks(module) or "forward" in module.__dict__
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything hangs on the call of `module`."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -109,7 +110,7 @@ def objections_to(path: str, module: nn.Module | None) -> list[str]:
     if parametrize.is_parametrized(module):
         names = ", ".join(module.parametrizations)
         return [f"{path} has a parametrized {names}, which is computed when {path} runs"]
-    if _has_hooks(module):
+    if has_hooks(module):
         return [f"{path} has {_describe_hooks(module)}, which the fused op would not run"]
     if "forward" in module.__dict__:
         return [f"{path} has a forward of its own (somebody replaced it on the instance)"]

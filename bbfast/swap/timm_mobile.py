@@ -12,6 +12,8 @@ from timm.models._efficientnet_blocks import (
     SqueezeExcite,
     UniversalInvertedResidual,
 )
+from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
+from timm.models.mobilenetv3 import MobileNetV3, MobileNetV3Features
 from torch import nn
 
 from bbfast.swap._blocks import (
@@ -26,6 +28,8 @@ from bbfast.swap._blocks import (
     lent_squeeze_excite,
 )
 from bbfast.swap._fast import Fast, register, unsupported
+from bbfast.swap._fingerprint import of_other_releases
+from bbfast.swap._fold import foldable
 from bbfast.swap._lending import lender
 from bbfast.swap.timm_layers import GATES, lent_conv_norm_act, run_conv_norm_act
 
@@ -151,3 +155,17 @@ unsupported(
     "timm.models._efficientnet_blocks.MobileAttention",
     "no op does its attention of maps; layers inside it that fuse are swapped on their own",
 )
+
+# Before 1.0.12 or so it stood there.
+of_other_releases("timm.models._efficientnet_blocks.LayerScale2d.forward")
+
+# ---- where whole models have a BatchNorm behind a convolution ----------------------------------------------
+
+for cls, pairs in (
+    (EfficientNet, (("conv_stem", "bn1"), ("conv_head", "bn2"))),
+    (EfficientNetFeatures, (("conv_stem", "bn1"),)),
+    (MobileNetV3, (("conv_stem", "bn1"),)),
+    (MobileNetV3Features, (("conv_stem", "bn1"),)),
+):
+    reads = (f"{cls.__module__}.{cls.__qualname__}.forward_features",) if hasattr(cls, "forward_features") else ()
+    foldable(cls, lambda model, pairs=pairs: pairs, relies_on=reads)

@@ -12,7 +12,6 @@ from bbfast.nn import FoldedBatchNorm2d
 from bbfast.nn._batch_norm import batch_norm_arguments
 from bbfast.swap._blocks import ACTIVATIONS, CONVS, NORMS, activation_name, conv_norm_act, lent_activation
 from bbfast.swap._fast import Fast, register
-from bbfast.swap._fingerprint import remember_torch_forward
 from bbfast.swap._lending import lender
 
 
@@ -57,7 +56,8 @@ ACTIVATIONS[nn.GELU] = lambda act: "gelu" if act.approximate == "none" else None
 
 lender(nn.Linear)
 lender(nn.LayerNorm)
-remember_torch_forward(nn.Sequential)
+lender(nn.Dropout)  # to who looks whether it would drop anything
+lender(nn.Sequential)  # its layers are asked one by one
 
 
 # ---- runs ------------------------------------------------------------------------------------------------
