@@ -131,6 +131,8 @@ def forget_choices() -> None:
 # ---- plain torch on demand ---------------------------------------------------------------------------------
 
 _exportable_depth = 0
+# Whether a transform of torch.func is at work. torch.compile knows its answer, too.
+is_transforming = torch._C._are_functorch_transforms_active
 
 
 @contextlib.contextmanager
@@ -138,8 +140,9 @@ def exportable() -> Iterator[None]:
     """Inside a `with` block every op and every swapped block runs as the plain torch operators it stands for.
 
     For exporters that know torch's operators only (`torch.onnx.export`, `torch.jit.trace`), and for who wants to see
-    inside (`torch.fx`, profilers by operator). Values are those of the reference; gradients flow, twice if need be.
-    Holds for all threads of the process. Nests.
+    inside (`torch.fx`, profilers by operator). Values are those of the reference; gradients flow, twice if need be
+    (torch itself has no second derivative of hard_sigmoid, the gate of MobileNetV3). Holds for all threads of the
+    process. Nests.
     """
     global _exportable_depth
     _exportable_depth += 1
@@ -155,11 +158,7 @@ def wants_plain_torch() -> bool:
     That is inside `exportable`, under the transforms of torch.func (vmap, grad, jvp, ...) and in forward-mode
     differentiation, of which kernels know nothing.
     """
-    if _exportable_depth:
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _exportable_depth > 0 or is_transforming() or forward_ad._current_level >= 0
 
 
 def _warn_once(op: str, reasons: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bbfast import ops
+from bbfast import dispatch, ops
 from bbfast.nn._batch_norm import batch_norm_arguments
 from bbfast.nn.folded_batch_norm import without_folded
 from bbfast.ops._common import overridable
@@ -69,7 +69,7 @@ def to_inference_layout(x: torch.Tensor) -> torch.Tensor:
     Args:
         x: `[N, C, H, W]`.
     """
-    if x.device.type != "cpu" or torch.is_grad_enabled():
+    if x.device.type != "cpu" or torch.is_grad_enabled() or dispatch.is_transforming():
         return x
     return x.contiguous(memory_format=torch.channels_last)
 

@@ -47,6 +47,43 @@ def overridable(function: Callable) -> Callable:
     return call
 
 
+def once_differentiable(op: str) -> Callable:
+    """Decorator of the backward of `op`'s autograd.Function: gradients of gradients raise an error that says why.
+
+    torch's own decorator ties gradients to nothing: who asks for the gradients of certain tensors only never gets to
+    its error, and goes on with gradients that lack a term.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def wrapper(ctx, *grad_outputs):
+            with torch.no_grad():
+                grads = backward(ctx, *grad_outputs)
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return grads
+            return _OnceDifferentiable.apply(op, grads, *grad_outputs, *ctx.saved_tensors)
+
+        return wrapper
+
+    return decorate
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Hands on gradients, tied to the tensors that they were made from."""
+
+    @staticmethod
+    def forward(ctx, op, grads, *made_from):
+        ctx.op = op
+        return tuple(None if grad is None else grad.detach() for grad in grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"bbfast.ops.{ctx.op} is once_differentiable: its gradients come from kernels and have none themselves. "
+            "For gradients of gradients run the forward pass in `with bbfast.exportable():`, in plain torch"
+        )
+
+
 def check_tensor(name: str, value, *, rank: int | None = None, layout: str = "") -> None:
     """Raises TypeError or ValueError unless `value` is a dense floating-point tensor of the given rank."""
     if not isinstance(value, torch.Tensor):

@@ -130,6 +130,6 @@ def try_depthwise_conv_bn_act(op: str, x, *args) -> tuple[torch.Tensor, torch.Te
 
 
 def _may_take_short_way(x) -> bool:
-    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not x.is_cpu:
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not x.is_cpu or dispatch.wants_plain_torch():
         return False
     return env.backend() == "auto" and extension.load() is not None

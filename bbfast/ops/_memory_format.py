@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from bbfast import dispatch
 from bbfast.ops import _common
 
 
 def new_dense(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised tensor of x's shape and memory format (NHWC stays NHWC)."""
     return _common.new_output(x, x.shape, dtype)
+
+
+def in_format_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`y` in x's memory format; differentiable, and in torch.func's transforms, where nobody may ask, as it is."""
+    return y if dispatch.is_transforming() else dense_like(x, y)
 
 
 def dense_like(x: torch.Tensor, y: torch.Tensor, *, shared_with: tuple = ()) -> torch.Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from bbfast import dispatch
 from bbfast.ops import _common
@@ -226,7 +225,7 @@ class _AddLayerNorm(torch.autograd.Function):
         return total, norm
 
     @staticmethod
-    @once_differentiable
+    @_common.once_differentiable(OP)
     def backward(ctx, grad_total, grad_norm):
         if grad_total is None and grad_norm is None:
             return (None,) * 8
@@ -315,6 +314,9 @@ def add_layer_norm(
         multiplier = sample_multiplier(branch, layer_scale, drop_prob, training, scale_by_keep, mask)
     norm_dtype = _norm_dtype(residual.device.type, _total_dtype(residual, branch, layer_scale))
     args = (residual, branch, multiplier, layer_scale, weight, bias, float(eps), norm_dtype)
+    if dispatch.wants_plain_torch():
+        total, norm, _, _ = reference(*args)
+        return (residual if branch is None else total.contiguous()), norm.contiguous()
     if _common.needs_grad(residual, branch, layer_scale, weight, bias):
         return _AddLayerNorm.apply(*args)
     total, norm, _, _ = _forward_op(*args, False)

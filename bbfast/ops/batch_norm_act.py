@@ -6,11 +6,10 @@ Reads top-down: checks, backends, torch.library, autograd, public function.
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from bbfast import dispatch
 from bbfast.ops import _common
-from bbfast.ops._memory_format import dense_like, new_dense
+from bbfast.ops._memory_format import dense_like, in_format_of, new_dense
 from bbfast.reference.batch_norm_act import batch_norm_act as reference
 from bbfast.reference.batch_norm_act import batch_norm_act_backward as reference_backward
 
@@ -178,7 +177,7 @@ class _BatchNormAct(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_common.once_differentiable(OP)
     def backward(ctx, grad_y):
         x, weight, bias, residual, *statistics = ctx.saved_tensors
         grads = list(_backward_op(grad_y, x, weight, bias, residual, *statistics, *ctx.config))
@@ -241,7 +240,10 @@ def batch_norm_act(
     shape = x.shape
     x, residual = _as_maps(x), None if residual is None else _as_maps(residual)
     tensors = (x, weight, bias, residual)
-    if _common.needs_grad(*tensors):
+    if dispatch.wants_plain_torch():
+        y, _, _ = reference(*tensors, running_mean, running_var, training, momentum, eps, act)
+        y = in_format_of(x, y)
+    elif _common.needs_grad(*tensors):
         y = _BatchNormAct.apply(*tensors, running_mean, running_var, training, float(momentum), float(eps), act)
     elif training:
         y, _, _ = _train_op(*tensors, running_mean, running_var, float(momentum), float(eps), act)

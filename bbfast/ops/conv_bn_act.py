@@ -11,6 +11,7 @@ import torch
 
 from bbfast import dispatch
 from bbfast.ops import _common, _cpp, _onednn
+from bbfast.ops._memory_format import in_format_of
 from bbfast.ops.batch_norm_act import batch_norm_act
 from bbfast.reference.activation import activation
 from bbfast.reference.conv_bn_act import conv_bn_act as reference
@@ -236,7 +237,11 @@ def conv_bn_act(
     tensors = (x, weight, bias, *statistics, residual)
     geometry = (stride, padding, dilation, groups)
     needs_grad = _common.needs_grad(x, weight, bias, bn_weight, bn_bias, residual)
-    if x.device.type == "cpu" and not training and not needs_grad:
+    is_cpu_inference = x.device.type == "cpu" and not training and not needs_grad
+    if dispatch.wants_plain_torch():
+        y = reference(*tensors, *geometry, training, momentum, eps, act)
+        return in_format_of(x, y) if is_cpu_inference else y
+    if is_cpu_inference:
         return _op(*tensors, *geometry, float(eps), act)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # for `last_choices` and BBFAST_STRICT
         dispatch.select(OP, _FORWARD_KERNELS, _compose, *tensors, *geometry, float(eps), act, training, needs_grad)

@@ -6,10 +6,10 @@ Reads top-down: checks, backends, torch.library, autograd, public function.
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from bbfast import dispatch
 from bbfast.ops import _common, _cpp, _onednn
+from bbfast.ops._memory_format import in_format_of
 from bbfast.reference.depthwise_conv_bn_act import depthwise_conv_bn_act as reference
 from bbfast.reference.depthwise_conv_bn_act import depthwise_conv_bn_act_backward as reference_backward
 
@@ -228,7 +228,7 @@ class _DepthwiseConvBNAct(torch.autograd.Function):
         return y, squeezed
 
     @staticmethod
-    @once_differentiable
+    @_common.once_differentiable(OP)
     def backward(ctx, grad_y, grad_squeeze):
         x, weight, bias, bn_weight, bn_bias, *statistics = ctx.saved_tensors
         if not ctx.squeeze:
@@ -324,6 +324,10 @@ def depthwise_conv_bn_act(
     tensors = (x, weight, bias, bn_weight, bn_bias)
     statistics = (running_mean, running_var)
     geometry = (stride, padding, dilation)
+    if dispatch.wants_plain_torch():
+        y, squeezed, _, _ = reference(*tensors, *statistics, *geometry, training, momentum, eps, act, squeeze)
+        y = in_format_of(x, y)
+        return (y, squeezed) if squeeze else y
     if _common.needs_grad(*tensors):
         y, squeezed = _DepthwiseConvBNAct.apply(
             *tensors, *statistics, training, float(momentum), *geometry, float(eps), act, squeeze

@@ -6,12 +6,11 @@ Reads top-down: checks, backends, torch.library, autograd, public function.
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from bbfast import dispatch
 from bbfast.ops import _common
 from bbfast.ops._drop_path import check_branch, check_drop, check_vector, sample_multiplier, scaled_dtype
-from bbfast.ops._memory_format import dense_like, new_dense
+from bbfast.ops._memory_format import dense_like, in_format_of, new_dense
 from bbfast.reference.drop_path_add import drop_path_add as reference
 
 OP = "drop_path_add"
@@ -139,7 +138,7 @@ class _DropPathAdd(torch.autograd.Function):
         return _forward_op(residual, branch, multiplier, layer_scale)
 
     @staticmethod
-    @once_differentiable
+    @_common.once_differentiable(OP)
     def backward(ctx, grad_y):
         branch, multiplier, layer_scale = ctx.saved_tensors
         residual_dtype, branch_dtype = ctx.dtypes
@@ -199,7 +198,9 @@ def drop_path_add(
 
     channels_inner = channel_dim != 1
     tensors = (_as_maps(residual, channels_inner), _as_maps(branch, channels_inner), multiplier, layer_scale)
-    if _common.needs_grad(residual, branch, layer_scale):
+    if dispatch.wants_plain_torch():
+        y = in_format_of(tensors[0], reference(*tensors))
+    elif _common.needs_grad(residual, branch, layer_scale):
         y = _DropPathAdd.apply(*tensors)
     else:
         y = _forward_op(*tensors)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from bbfast import dispatch, extension
 from bbfast.ops import _common, _windows
@@ -221,7 +220,7 @@ class _WindowAttention(torch.autograd.Function):
         return _forward_op(qkv, table, qkv_bias, *config)
 
     @staticmethod
-    @once_differentiable
+    @_common.once_differentiable(OP)
     def backward(ctx, grad_y):
         needed = ctx.needs_input_grad[:3]
         grads = _backward_op(grad_y, *ctx.saved_tensors, *ctx.config, needed[1], needed[2])
@@ -290,6 +289,8 @@ def window_attention(
     (qkv,) = _common.to_autocast_dtype(qkv)
     tensors = (qkv, relative_position_bias_table, qkv_bias)
     config = (num_heads, window_size, shift_size, scale, pad_order, float(mask_value))
+    if dispatch.wants_plain_torch():
+        return reference(*_with_scale(*tensors, *config))
     if _common.needs_grad(*tensors):
         return _WindowAttention.apply(*tensors, *config)
     return _forward_op(*tensors, *config)

@@ -185,6 +185,8 @@ def window_partition(
     window_size = _pair("window_size", window_size, 1)
     shift_size = _pair("shift_size", shift_size, 0)
     _check_pad_order(pad_order)
+    if dispatch.wants_plain_torch():
+        return reference_partition(x, window_size, shift_size, pad_order)
     return _partition(x, window_size, shift_size, pad_order)
 
 
@@ -229,4 +231,6 @@ def window_reverse(
             f"windows must have shape [B * {down * across}, {pixels}, C] for window_size={window_size} and "
             f"image_size={image_size}, got {tuple(windows.shape)}"
         )
+    if dispatch.wants_plain_torch():
+        return reference_reverse(windows, window_size, image_size, shift_size, pad_order)
     return _reverse(windows, window_size, image_size, shift_size, pad_order)

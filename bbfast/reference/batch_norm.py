@@ -19,8 +19,11 @@ def batch_norm(
 
     With `training` the batch's own biased variance normalises and the running statistics, if any, move towards
     the batch's mean and unbiased variance by `momentum`; otherwise the running statistics normalise. Without
-    either there is no normalisation and `z` itself comes back with mean 0 and invstd 1.
+    either there is no normalisation and `z` itself comes back with mean 0 and invstd 1. An empty batch comes back as
+    it is and moves nothing.
     """
+    if training and z.numel() == 0:
+        return z, z.new_zeros(z.shape[1]), z.new_zeros(z.shape[1])
     if training:
         return torch.native_batch_norm(z, weight, bias, running_mean, running_var, True, momentum, eps)
     if running_mean is None:

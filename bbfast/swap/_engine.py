@@ -171,6 +171,8 @@ def _judge_stranger(path: str, cls: type[nn.Module]) -> SwapRow | None:
     known = [base for base in cls.__mro__[1:] if _fast.fast_class(base) and not base.__module__.startswith("torch.")]
     if not known:
         return None
+    if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
+        return _skipped(path, cls, "FSDP2 sharded it; swap before fully_shard")
     return _skipped(path, cls, f"a subclass of {known[0].__name__}; only exactly that class is known to run fused")
 
 

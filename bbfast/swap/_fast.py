@@ -96,7 +96,7 @@ def register(cls: type[Fast]) -> type[Fast]:
 
 
 def _with_signature_of(foreign_forward):
-    """`Fast.forward` for those who ask what a model takes, such as torch.fx."""
+    """`Fast.forward` for those who ask what a model takes, such as torch.fx and torch.export."""
 
     @functools.wraps(foreign_forward)
     def forward(self, *args, **kwargs):
