@@ -419,14 +419,40 @@ def replace_bn(module: InvertedResidual):
     module.bn2 = swap_parity.randomise(timm.layers.GroupNormAct(16, 2))
 
 
+def wrap_conv(module: InvertedResidual):
+    module.conv_pw = nn.Sequential(module.conv_pw, nn.Tanh())
+
+
+def leave_out_conv(module: InvertedResidual):
+    module.conv_dw = nn.Identity()
+
+
+def leave_out_bn(module: InvertedResidual):
+    module.bn3 = nn.Identity()
+
+
+def put_an_activation_for_a_norm(module: InvertedResidual):
+    module.bn2 = module.bn3 = nn.ReLU6()
+
+
 def count_calls(module: InvertedResidual):
     module.conv_pw.register_forward_hook(lambda module, args, output: 2 * output)
 
 
 LATER = [weight_normed, weight_normed_anew, spectral_normed, patched_inside, count_calls, replace_bn, subclassed_inside]
+MISPLACED = [wrap_conv, leave_out_conv, leave_out_bn, put_an_activation_for_a_norm]
 
 
-@pytest.mark.parametrize("change", LATER, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", MISPLACED, ids=lambda change: change.__name__)
+def test_layers_in_places_where_they_are_not_expected(change):
+    module, x = block(), images()
+    change(module)
+    before = run(module, x)
+    bbfast.swap(module)
+    torch.testing.assert_close(run(module, x), before)
+
+
+@pytest.mark.parametrize("change", LATER + MISPLACED, ids=lambda change: change.__name__)
 def test_what_is_hung_on_a_block_after_the_swap_counts(change):
     module = block()
     bbfast.swap(module)

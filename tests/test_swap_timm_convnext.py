@@ -214,20 +214,12 @@ def pad_with_reflections(block):
     block.conv_dw.padding_mode = "reflect"
 
 
-def put_another_convolution(block):
-    block.conv_dw = nn.Sequential(block.conv_dw)
-
-
 def hook_the_convolution(block):
     block.conv_dw.register_forward_hook(lambda *args: None)
 
 
 OBJECTIONS = {
     "padding": (pad_with_reflections, "conv_dw has padding_mode='reflect'; ops pad with zeros only"),
-    "another convolution": (
-        put_another_convolution,
-        "conv_dw is a torch.nn.modules.container.Sequential, which no fused op knows",
-    ),
     "hook": (hook_the_convolution, "conv_dw has forward hooks, which the fused op would not run"),
 }
 

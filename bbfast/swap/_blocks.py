@@ -168,6 +168,11 @@ def draw_mask(drop_path: nn.Module | None, branch: torch.Tensor, layer_scale=Non
     """What each sample of `branch * layer_scale` is multiplied by in this call, `[N]`; None for 1."""
     if not draws(drop_path):
         return None
+    if type(drop_path) not in DROP_PATHS:
+        raise TypeError(
+            f"a {type(drop_path).__name__} took the place of a stochastic depth layer in a block that is swapped; call "
+            "bbfast.restore on the block first"
+        )
     dtype = branch.dtype if layer_scale is None else torch.promote_types(branch.dtype, layer_scale.dtype)
     return DROP_PATHS[type(drop_path)](drop_path, branch, dtype)
 

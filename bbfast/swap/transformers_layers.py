@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import activations
 
-from bbfast.nn import apply_depthwise_conv_bn_act
 from bbfast.swap._blocks import (
     ACTIVATIONS,
     DROP_PATHS,
@@ -122,7 +121,7 @@ class ConvNextBlock(Fast):
     lends = ("dwconv", "drop_path")
 
     def fused_forward(self, features: torch.Tensor) -> torch.Tensor:
-        y = apply_depthwise_conv_bn_act(self.dwconv, None, features, act="identity")
+        y = conv_norm_act(features, self.dwconv)
         y = self.act(self.pwconv1(self.layernorm(y.permute(0, 2, 3, 1))))
         grn = getattr(self, "grn", None)
         y = self.pwconv2(y if grn is None else grn(y))
