@@ -116,12 +116,13 @@ def _versions(library: str, names: list[str]) -> list[str]:
     known = known_sources(library)
     by_version: dict[str, int] = {}
     for name in names:
-        for versions in known[name].values():
+        for versions in known.get(name, {}).values():
             for version in versions:
                 by_version[version] = by_version.get(version, 0) + 1
     lines = [
         "A block is swapped only if its source is one that was read, in comments and docstrings aside; a block of any",
-        "other source is skipped with that reason. Functions that were read, by version:",
+        "other source is skipped with that reason. How many of the functions that adapters rely on were read, by version",
+        "(not every version has all of them):",
         "",
         f"| {library} | functions of {len(names)} |",
         "|---|---|",

@@ -23,7 +23,7 @@ class FastRegNetXLayer(ResidualLayer, RegNetXLayer):
 
 @register
 class FastRegNetYLayer(ResidualLayer, RegNetYLayer):
-    """The same; squeeze-and-excite runs itself, since a grouped convolution hands out no means."""
+    """One op for each convolution, the last with sum and activation; squeeze-and-excite runs itself."""
 
 
 conv_layer_lender(RegNetConvLayer, FastRegNetConvLayer)
