@@ -1,4 +1,4 @@
-"""Whole models: timm eager, timm compiled and bbfast, inference or training, interleaved in one run.
+"""Whole models: timm eager, compiled and swapped, and bbfast, inference or training, interleaved in one run.
 
     python benchmarks/bench_models.py --model mobilenetv3_large_100 --batch 8 --size 224 --threads 2
     python benchmarks/bench_models.py --model resnet50 regnety_016 --mode train --device cuda --dtype bfloat16
@@ -85,7 +85,7 @@ def providers(name: str, mode: str, x: torch.Tensor, with_compile: bool) -> dict
     randomise(original)
     state = original.state_dict()
 
-    def make(library, *, channels_last: bool = False, compiled: bool = False) -> Callable[[], torch.Tensor]:
+    def make(library, *, channels_last: bool = False, swapped: bool = False, compiled: bool = False) -> Callable:
         model = library.create_model(name, pretrained=False)
         model.load_state_dict(state)
         model.to(x.device)
@@ -93,17 +93,21 @@ def providers(name: str, mode: str, x: torch.Tensor, with_compile: bool) -> dict
         if channels_last:
             model.to(memory_format=CHANNELS_LAST)
             images = x.contiguous(memory_format=CHANNELS_LAST)
+        if swapped:
+            bbfast.swap(model)
         call = inference(model, images) if mode == "infer" else training_step(model, images)
         return call(torch.compile(model) if compiled else model)
 
     found = {
         "timm": make(timm),
         "timm channels_last": make(timm, channels_last=True),
+        "timm swapped": make(timm, channels_last=True, swapped=True),
         "bbfast": make(bbfast),
         "bbfast channels_last": make(bbfast, channels_last=True),
     }
     if with_compile:
         found["timm compiled"] = make(timm, channels_last=x.is_cuda, compiled=True)
+        found["timm swapped compiled"] = make(timm, channels_last=True, swapped=True, compiled=True)
         found["bbfast compiled"] = make(bbfast, channels_last=x.is_cuda, compiled=True)
     return found
 
