@@ -120,9 +120,9 @@ def _versions(library: str, names: list[str]) -> list[str]:
             for version in versions:
                 by_version[version] = by_version.get(version, 0) + 1
     lines = [
-        "A block is swapped only if its source is one that was read, comments and docstrings aside; a block of any other",
-        "source is skipped with that reason. So many of the functions that adapters rely on were read in each version",
-        "(not every version has all of them):",
+        "A block is swapped only if its source is one that was read, comments and docstrings aside; any other is",
+        "skipped with that reason. So many of the functions that adapters rely on were read in each version (not",
+        "every version has all of them):",
         "",
         f"| {library} | functions of {len(names)} |",
         "|---|---|",
