@@ -10,13 +10,17 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --constraint constraint
 # What the extension and the metadata are made of: a change to one of them installs anew.
 BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint bench kernels gpu gpu-quick clean
+.PHONY: demo test test-thorough lint bench kernels gpu gpu-quick clean
 
 demo: $(VENV)/.demo-installed
 	$(VENV)/bin/bbfast demo
 
 test: $(VENV)/.dev-installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n 2 --dist worksteal $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not thorough" -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# What takes minutes of compiling: wheels and installations, more kernels, several processes.
+test-thorough: $(VENV)/.dev-installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "thorough and not slow" -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev-installed
 	$(VENV)/bin/ruff check .

@@ -65,6 +65,7 @@ def _check_training(reports):
         assert any(opcode.startswith("LDG.E") and opcode.endswith(".128") for opcode in report["opcodes"]), report
 
 
+@pytest.mark.thorough
 def test_training_kernels(tmp_path):
     _check_training(_check(tmp_path, ["training"], [90], TRAINING))
 
@@ -85,6 +86,7 @@ def _check_attention(reports, shapes):
         assert report["traffic_bytes"] <= 1.05 * report["least_bytes"] + report["bias_bytes"], report
 
 
+@pytest.mark.thorough
 def test_window_attention_kernels(tmp_path):
     """Swin-T's shifted windows, its last stage, and the large windows of Swin-B."""
     texts = ("attention 56x56", "attention 7x7", "attention 96x96")

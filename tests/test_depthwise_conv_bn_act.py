@@ -102,7 +102,9 @@ class Case:
             assert ours.pop("dbias").abs().max() == 0
         for name, value in ours.items():
             summed = name in ("dweight", "dbias", "dbn_weight", "dbn_bias")
-            assert_within_rule(name, value, exact[name], baseline[name], rows=rows if summed else 1)
+            # The old mean and the batch's may cancel.
+            term = inputs[3]["running_mean"].abs().max().item() if name == "running_mean" else 0
+            assert_within_rule(name, value, exact[name], baseline[name], rows=rows if summed else 1, largest_term=term)
         return ours
 
 

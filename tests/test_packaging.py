@@ -154,11 +154,13 @@ def check_imports(folder: Path, cwd: Path) -> None:
 
 
 @needs_build_tools
+@pytest.mark.thorough
 def test_sdist_to_wheel_installs_and_imports(installed, tmp_path):
     check_imports(installed, tmp_path)
 
 
 @needs_build_tools
+@pytest.mark.thorough
 def test_wheel_holds_packages_and_nothing_else(wheel_from_sdist):
     names = zipfile.ZipFile(wheel_from_sdist).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"bbfast"}
@@ -177,6 +179,7 @@ def test_wheel_from_the_source_tree(tmp_path):
 
 
 @needs_build_tools
+@pytest.mark.thorough
 def test_editable_install(wheel_from_sdist, sdist_tree, hasty_compiler, tmp_path):
     tree = sdist_tree  # the wheel left its objects there, so nothing is compiled again
     options = ["--no-build-isolation", "--no-deps", "--ignore-installed", "--prefix", tmp_path]
@@ -203,6 +206,7 @@ ASK = "from bbfast import extension; print(extension.load(), '|', extension.unav
 
 
 @needs_build_tools
+@pytest.mark.thorough
 def test_absent_extension_is_a_reason(installed, tmp_path):
     (compiled,) = (installed / "bbfast").glob("_C.*.so")
     compiled.unlink()
@@ -212,6 +216,7 @@ def test_absent_extension_is_a_reason(installed, tmp_path):
 
 @needs_build_tools
 @pytest.mark.parametrize("damage", ["damaged", "other Python", "other torch"])
+@pytest.mark.thorough
 def test_broken_extension_is_an_error(installed, tmp_path, damage):
     (compiled,) = (installed / "bbfast").glob("_C.*.so")
     ask = ASK

@@ -166,6 +166,7 @@ def launches_and_bytes(model: nn.Module, x: torch.Tensor, monkeypatch) -> tuple[
     return len(calls), metrics.num_bytes_accessed
 
 
+@pytest.mark.thorough
 def test_fewer_launches_and_bytes(monkeypatch):
     """The blocks' ops take their BatchNorms, activations and additions along."""
     x = swap_models.images()

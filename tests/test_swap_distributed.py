@@ -66,6 +66,7 @@ def torchrun(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.thorough
 def test_example():
     out = torchrun("--device", "cpu", "--steps", "2", "--batch-size", "2", "--size", "32", "--classes", "3")
     assert len(re.findall(r"step \d/2 {2}loss \d+\.\d+", out)) == 2, out

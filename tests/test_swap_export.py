@@ -43,7 +43,6 @@ def all_but_few(slow: tuple[str, ...]) -> pytest.MarkDecorator:
 
 every_model = all_but_few(("our resnet18",))
 # Exporters take seconds for each.
-two_models = all_but_few(tuple(name for name in MODELS if name not in ("mobile", "our swin")))
 one_model = all_but_few(tuple(name for name in MODELS if name != "mobile"))
 
 
@@ -83,7 +82,7 @@ def run_onnx(program, path, x: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(onnxruntime.InferenceSession(str(path)).run(None, feed)[0])
 
 
-@two_models
+@one_model
 def test_onnx_with_any_batch(build, tmp_path):
     pytest.importorskip("onnx", reason="ONNX export needs onnx and onnxscript, which are not installed")
     pytest.importorskip("onnxscript", reason="ONNX export needs onnx and onnxscript, which are not installed")

@@ -355,6 +355,7 @@ def test_compiled_in_one_graph():
         assert_same_tensors(swapped(x), plain(x))
 
 
+@pytest.mark.thorough
 def test_nothing_is_imported_that_the_user_did_not_import():
     code = """
 import sys, transformers
