@@ -152,8 +152,8 @@ def test_inductor_on_the_cpu():
 def launches_and_bytes(model: nn.Module, x: torch.Tensor, monkeypatch) -> tuple[int, int]:
     """How many kernels a call of the compiled model launches, and the bytes that they move.
 
-    Kernels are Inductor's own, which are generated but not compiled here, and calls of convolutions, matrix products
-    and ops of ours, each counted as one.
+    A kernel is a call of one that Inductor generates (it is not compiled here), of a convolution, of a matrix product, or
+    of an op of ours.
     """
     torch._dynamo.reset()
     metrics.reset()
@@ -162,7 +162,7 @@ def launches_and_bytes(model: nn.Module, x: torch.Tensor, monkeypatch) -> tuple[
     with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
         _, (code,) = run_and_get_code(torch.compile(model, fullgraph=True), x)
     calls = re.findall(r"^ +(?:\w+ = )?(?:cpp_fused\w*|extern_kernels\.\w+|torch\.ops\.[\w.]+)\(", code, re.MULTILINE)
-    assert len(calls) >= metrics.generated_kernel_count > 0
+    assert calls and metrics.num_bytes_accessed > 0
     return len(calls), metrics.num_bytes_accessed
 
 
