@@ -152,7 +152,7 @@ def test_inductor_on_the_cpu():
 def launches_and_bytes(model: nn.Module, x: torch.Tensor, monkeypatch) -> tuple[int, int]:
     """How many kernels a call of the compiled model launches, and the bytes that they move.
 
-    A kernel is one that Inductor generates (it is not compiled here), a convolution, a matrix product, or an op of ours.
+    A kernel is one of Inductor's (it is not compiled here), a convolution, a matrix product, or an op of ours.
     """
     torch._dynamo.reset()
     metrics.reset()
