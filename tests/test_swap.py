@@ -16,7 +16,7 @@ import swap_parity
 import timm
 import torch
 from timm.layers import BatchNormAct2d
-from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -485,6 +485,67 @@ def test_parameters_that_change_after_the_swap_count():
             model.bn2.running_mean.add_(1)
             model.bn2.eps = 0.1
     torch.testing.assert_close(run(module, x), run(plain, x))
+
+
+class Tripled(nn.Module):
+    def forward(self, x):
+        return 3 * x
+
+
+@pytest.mark.parametrize("module", [nn.ReLU(), nn.Sequential(Tripled())], ids=["activation", "container"])
+def test_what_stands_in_for_stochastic_depth_runs(module):
+    inverted, x = block(), images()
+    inverted.drop_path = module
+    before = run(inverted, x)
+    assert "drop_path is not a layer of stochastic depth" in bbfast.plan(inverted).rows[0].reason
+    bbfast.swap(inverted)
+    torch.testing.assert_close(run(inverted, x), before)
+    bbfast.restore(inverted)
+    inverted.drop_path = nn.Identity()
+    bbfast.swap(inverted)
+    assert _fast.is_fast(type(inverted))
+    inverted.drop_path = module
+    torch.testing.assert_close(run(inverted, x), before)
+
+
+def test_a_dropout_put_into_a_norm_after_the_swap_runs():
+    for module in (block(), swap_parity.randomise(BatchNormAct2d(8))):
+        bbfast.swap(module)
+        assert _fast.is_fast(type(module))
+        norm = getattr(module, "bn1", module)
+        norm.drop = nn.Tanh()
+        x = images()
+        ours = run(module.eval(), x)
+        bbfast.restore(module)
+        torch.testing.assert_close(ours, run(module, x))
+
+
+def test_squeeze_and_excite_of_another_shape_runs_itself():
+    module = swap_parity.randomise(InvertedResidual(8, 8, se_layer=SqueezeExcite)).eval()
+    x = images()
+    bbfast.swap(module)
+    module.se.conv_reduce.padding, module.se.conv_expand.stride = (1, 1), (3, 3)
+    ours = run(module, x)
+    bbfast.restore(module)
+    torch.testing.assert_close(ours, run(module, x))
+
+
+def test_arguments_may_be_named_as_the_foreign_forward_names_them():
+    model, x = swap_parity.randomise(conv_run()).eval(), images()
+    with torch.no_grad(), swap_parity.backend("torch"):
+        before = model(input=x)
+        bbfast.swap(model)
+        torch.testing.assert_close(model(input=x), before)
+
+
+def test_sums_under_autocast_stay_as_wide_as_they_were():
+    module, x = block(), images()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = run(module, x)
+        bbfast.swap(module)
+        ours = run(module, x)
+    assert ours.dtype == before.dtype == torch.float32
+    torch.testing.assert_close(ours, before, rtol=0.05, atol=0.05)
 
 
 # ---- where models are swapped ------------------------------------------------------------------------------

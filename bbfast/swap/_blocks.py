@@ -60,7 +60,16 @@ def lent_identity(name: str, layer: nn.Module | None) -> list[tuple[str, nn.Modu
 def _read_squeeze_excite(squeeze_excite: nn.Module | None):
     read = SQUEEZE_EXCITES.get(type(squeeze_excite))
     parts = None if read is None else read(squeeze_excite)
-    return None if parts is None or None in parts[1::2] else parts
+    if parts is None or None in parts[1::2] or not (_is_linear(parts[0]) and _is_linear(parts[2])):
+        return None
+    return parts
+
+
+def _is_linear(conv: nn.Module) -> bool:
+    """Whether it is a convolution that does to each pixel what a linear layer does."""
+    if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or conv.stride != (1, 1):
+        return False
+    return conv.padding == (0, 0) and conv.groups == 1
 
 
 # ---- convolutions ------------------------------------------------------------------------------------------
@@ -197,11 +206,19 @@ def conv_norm_add(
 ) -> torch.Tensor:
     """`shortcut + drop_path(norm(conv(x)))`, which without anything to drop is one op."""
     own_act = NORMS[type(norm)](norm)[1] if type(norm) in NORMS else norm
-    if draws(drop_path) or activation_name(own_act) != "identity":
+    if draws(drop_path) or activation_name(own_act) != "identity" or would_narrow(shortcut):
         return add_branch(shortcut, conv_norm_act(x, conv, norm), drop_path)
     return conv_norm_act(x, conv, norm, residual=shortcut)
 
 
+def would_narrow(shortcut: torch.Tensor) -> bool:
+    """Whether an op under autocast would round this shortcut, which a sum of its own keeps as wide as it is."""
+    device = shortcut.device.type
+    return torch.is_autocast_enabled(device) and shortcut.dtype != torch.get_autocast_dtype(device)
+
+
 def draws(drop_path: nn.Module | None) -> bool:
-    """Whether `drop_path` would draw a mask now."""
-    return drop_path is not None and drop_path.training and type(drop_path) is not nn.Identity
+    """Whether `drop_path` does anything now: draw a mask, or, if it is none that is known, whatever it does."""
+    if drop_path is None or type(drop_path) is nn.Identity:
+        return False
+    return drop_path.training or type(drop_path) not in DROP_PATHS

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import fx, nn
 
 from bbfast import dispatch
 from bbfast.swap import _fingerprint, _lending
+from bbfast.swap._blocks import DROP_PATHS
 
 
 class Fast:
@@ -25,11 +27,13 @@ class Fast:
         lends: names of inner modules that fused_forward uses without calling them, if they are there. A norm stands
             right behind the convolution whose result it takes, and nowhere else (`bbfast.fold_bn_` goes by that).
         relies_on: qualified names of further foreign functions that were read beside forward.
+        own_names: what fused_forward calls arguments that have another name in the foreign forward.
         leaf: whether torch.fx records one call of the block, which so stays fast, or looks into the foreign forward.
     """
 
     lends: tuple[str, ...] = ()
     relies_on: tuple[str, ...] = ()
+    own_names: Mapping[str, str] = {}
     leaf: bool = True
 
     @classmethod
@@ -54,6 +58,8 @@ class Fast:
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         if tracer is not None or dispatch.wants_plain_torch() or not self._can_bypass():
             return super().forward(*args, **kwargs)
+        if kwargs:
+            kwargs = {self.own_names.get(name, name): value for name, value in kwargs.items()}
         return self.fused_forward(*args, **kwargs)
 
     def __prepare_scriptable__(self):
@@ -64,11 +70,25 @@ class Fast:
         )
 
     def _can_bypass(self) -> bool:
-        return _lending.can_lend([module for _, module in self.lent(self)])
+        lent = self.lent(self)
+        return _lending.can_lend([module for _, module in lent]) and not _misplaced(lent)
 
     def fused_forward(self, *args, **kwargs):
         """What the foreign forward returns."""
         raise NotImplementedError(f"{type(self).__name__} has no fused_forward")
+
+
+_STOCHASTIC_DEPTH = ("drop_path", "drop_path1", "drop_path2", "stochastic_depth")
+
+
+def _misplaced(lent: Iterable[tuple[str, nn.Module | None]]) -> list[str]:
+    """Names of what stands in a place for stochastic depth and is something else."""
+    return [
+        name
+        for name, module in lent
+        if name.endswith(_STOCHASTIC_DEPTH) and not (module is None or type(module) in DROP_PATHS)
+        if type(module) is not nn.Identity
+    ]
 
 
 def _tracer(*values) -> fx.Tracer | None:
@@ -90,9 +110,16 @@ def register(cls: type[Fast]) -> type[Fast]:
     """Decorator of a fast class: exact instances of its second base can become it."""
     foreign = cls.__bases__[1]
     cls.forward = _with_signature_of(foreign.forward)
+    names = zip(_parameters(foreign.forward), _parameters(cls.fused_forward))
+    cls.own_names = {theirs: ours for theirs, ours in names if theirs != ours}
     _fast_classes[foreign] = cls
     _foreign_classes[cls] = foreign
     return cls
+
+
+def _parameters(forward) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, value in inspect.signature(forward).parameters.items() if value.kind in kinds]
 
 
 def _with_signature_of(foreign_forward):
@@ -147,8 +174,10 @@ def objections_to(block: nn.Module, cls: type[Fast]) -> list[str]:
     if reasons:  # then its attributes may be others, too
         return reasons
     reasons += _lending.tensor_objections(block)
-    for name, module in cls.lent(block):
+    lent = list(cls.lent(block))
+    for name, module in lent:
         reasons += _lending.objections_to(name, module)
+    reasons += [f"{name} is not a layer of stochastic depth" for name in _misplaced(lent)]
     return list(dict.fromkeys(reasons)) or cls.objections(block)  # several inner modules may have one and the same
 
 

@@ -54,6 +54,11 @@ def foldable(
     _foldable[cls] = _Foldable(pairs, relies_on)
 
 
+def code_read() -> list[tuple[type[nn.Module], tuple[str, ...]]]:
+    """For each class that was entered: itself, and the further functions."""
+    return [(cls, entry.relies_on) for cls, entry in _foldable.items()]
+
+
 def fold_bn_(model: nn.Module) -> SwapReport:
     """Puts the statistics of BatchNorms into the weights of the convolutions before them, in place; inference only.
 
@@ -61,7 +66,8 @@ def fold_bn_(model: nn.Module) -> SwapReport:
     `bbfast.nn.FoldedBatchNorm2d`, which keeps its activation; its parameters and buffers leave the state_dict, and a
     convolution without bias gets one. That is not to be undone: to train again, or to restore the weights, build the
     model anew and load its checkpoint. bbfast's CPU kernels fold in each call as it is, so there this saves next to
-    nothing; on a GPU it saves a pass over each map.
+    nothing; on a GPU it saves a pass over each map. A convolution then gives what its norm gave: who reads the maps
+    between the two, by a hook or by calling the layers of a Sequential one by one, gets other values.
 
     Args:
         model: in eval mode, its BatchNorms too.
@@ -141,7 +147,9 @@ def _names_in(block: nn.Module) -> tuple[list[tuple[str, str]], list[str]]:
     cls = type(block)
     if cls in _foldable:
         entry = _foldable[cls]
-        return list(entry.pairs(block)), _fingerprint.objections_to_code(cls, entry.relies_on)
+        replaced = [name for name in ("forward", "forward_features") if name in block.__dict__]
+        reasons = [f"its block has a {name} of its own (somebody replaced it on the instance)" for name in replaced]
+        return list(entry.pairs(block)), reasons or _fingerprint.objections_to_code(cls, entry.relies_on)
     fast = cls if _fast.is_fast(cls) else _fast.fast_class(cls)
     if fast is None or not fast.concerns(block):
         return [], []

@@ -23,7 +23,7 @@ class Lender:
     """A class of modules that can lend.
 
     Attributes:
-        objections: takes such a module, returns why this one cannot lend all the same.
+        objections: takes such a module, returns why this one cannot lend all the same; None for a class without any.
         inner: takes such a module, returns (name, module) of its own inner modules that do not run either; None for
             a class that has none.
         read_as: the class whose forward was read.
@@ -31,7 +31,7 @@ class Lender:
         ready: takes such a module, returns whether it can lend in this call; None for a class that always can.
     """
 
-    objections: Callable[[nn.Module], list[str]]
+    objections: Callable[[nn.Module], list[str]] | None
     inner: Callable[[nn.Module], Sequence[tuple[str, nn.Module | None]]] | None
     read_as: type[nn.Module]
     relies_on: tuple[str, ...]
@@ -44,7 +44,7 @@ _lenders: dict[type[nn.Module], Lender] = {}
 def lender(
     cls: type[nn.Module],
     *,
-    objections: Callable[[nn.Module], list[str]] = lambda module: [],
+    objections: Callable[[nn.Module], list[str]] | None = None,
     inner: Callable[[nn.Module], Sequence[tuple[str, nn.Module | None]]] | None = None,
     read_as: type[nn.Module] | None = None,
     relies_on: tuple[str, ...] = (),
@@ -118,7 +118,7 @@ def objections_to(path: str, module: nn.Module | None) -> list[str]:
     if entry is None:
         return [_describe_stranger(path, module)]
     reasons = _fingerprint.objections_to_code(entry.read_as, entry.relies_on)
-    reasons += [f"{path} {reason}" for reason in entry.objections(module)]
+    reasons += [] if entry.objections is None else [f"{path} {reason}" for reason in entry.objections(module)]
     reasons += [f"{path}.{reason}" for reason in tensor_objections(module)]
     for name, inner in () if entry.inner is None else entry.inner(module):
         reasons += objections_to(f"{path}.{name}", inner)

@@ -16,7 +16,7 @@ import importlib
 import json
 from pathlib import Path
 
-from bbfast.swap import _fast, _fingerprint, _lending
+from bbfast.swap import _fast, _fingerprint, _fold, _lending
 
 
 def names_read(library: str) -> list[str]:
@@ -26,6 +26,7 @@ def names_read(library: str) -> list[str]:
             importlib.import_module(foreign)
             importlib.import_module(adapter)
     code = [(foreign, fast.relies_on) for foreign, fast in _fast.fast_classes().items()] + _lending.code_read()
+    code += _fold.code_read()
     names = {name for cls, relies_on in code for name in (_fingerprint.forward_name(cls), *relies_on)}
     names.update(_fingerprint.wrapper_makers(), _fingerprint.names_of_other_releases())
     return sorted(name for name in names if name.partition(".")[0] == library)

@@ -136,6 +136,8 @@ class FastUniversalInvertedResidual(Fast, UniversalInvertedResidual):
         return [*super().lent(block), *lent_identity("dw_end", block.dw_end), *lent_last]
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
+        if type(self.layer_scale) not in (nn.Identity, LayerScale2d):
+            return UniversalInvertedResidual.forward(self, x)
         y = self.se(self.dw_mid(self.pw_exp(self.dw_start(x))))
         last = self.pw_proj
         if type(self.dw_end) is not nn.Identity:

@@ -50,6 +50,8 @@ lender(
 
 def _why_windows_are_needed(attn: WindowAttention, is_padded: bool) -> str | None:
     """Why timm's attention must run in this call, on windows as it cuts them; None if the op gives the same."""
+    if type(attn.softmax) is not nn.Softmax or attn.softmax.dim not in (-1, 3):
+        return f"softmax is {attn.softmax}, not a softmax over the keys"
     if attn.attn_drop.p and (attn.training or attn.attn_drop.training):
         return f"attn_drop={attn.attn_drop.p} in training; no backend drops attention weights"
     for name in CALLED_BY_ATTENTION:

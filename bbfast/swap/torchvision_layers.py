@@ -23,6 +23,7 @@ from bbfast.swap._blocks import (
     draws,
     is_depthwise,
     lent_squeeze_excite,
+    would_narrow,
 )
 from bbfast.swap._fast import Fast, register
 from bbfast.swap._lending import lender
@@ -175,7 +176,7 @@ def run_sequence(
         x = _run(x, step)
     if shortcut is None:
         return _run(x, last)
-    if _can_add(last) and not draws(drop_path):
+    if _can_add(last) and not draws(drop_path) and (act is not None or not would_narrow(shortcut)):
         return conv_norm_act(x, last.conv, last.norm, act, residual=shortcut)
     y = add_branch(shortcut, _run(x, last), drop_path)
     return y if act is None else act(y)
