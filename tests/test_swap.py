@@ -16,7 +16,13 @@ import swap_parity
 import timm
 import torch
 from timm.layers import BatchNormAct2d
-from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
+from timm.models._efficientnet_blocks import (
+    DepthwiseSeparableConv,
+    InvertedResidual,
+    SqueezeExcite,
+    UniversalInvertedResidual,
+)
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -528,6 +534,22 @@ def test_squeeze_and_excite_of_another_shape_runs_itself():
     ours = run(module, x)
     bbfast.restore(module)
     torch.testing.assert_close(ours, run(module, x))
+
+
+def test_another_softmax_and_another_layer_scale_run():
+    attention = SwinTransformerBlock(8, (12, 10), num_heads=2, window_size=4)
+    scaled = UniversalInvertedResidual(8, 8, layer_scale_init_value=0.5)
+    for module, x in ((attention, torch.randn(2, 12, 10, 8)), (scaled, images())):
+        module = swap_parity.randomise(module).eval()
+        bbfast.swap(module)
+        assert _fast.is_fast(type(module))
+        if module is attention:
+            module.attn.fused_attn, module.attn.softmax = False, nn.Sigmoid()
+        else:
+            module.layer_scale = nn.ReLU()
+        ours = run(module, x)
+        bbfast.restore(module)
+        torch.testing.assert_close(ours, run(module, x))
 
 
 def test_arguments_may_be_named_as_the_foreign_forward_names_them():
