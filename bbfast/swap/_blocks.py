@@ -82,18 +82,24 @@ def conv_norm_act(
     act: nn.Module | None = None,
     *,
     residual: torch.Tensor | None = None,
+    in_place: bool = False,
     padding: Padding = None,
 ) -> torch.Tensor:
     """`act(norm(conv(x)) + residual)`; norm may hold an activation itself, unknown activations run afterwards.
 
-    `padding` takes the place of the convolution's own.
+    Args:
+        in_place: whether the foreign block adds to the branch in place, so that under autocast the sum has the branch's
+            dtype, where it would else have the wider one of the two.
+        padding: takes the place of the convolution's own.
     """
     if type(conv) not in CONVS or not (norm is None or type(norm) in NORMS):  # somebody put others in their places
         return _one_after_the_other(x, conv, norm, act, residual)
     bn, acts = _read(norm, act)
     own_act = acts[0]
-    if residual is not None and own_act is not None:  # which comes before the addition
-        y = conv_norm_act(x, conv, norm, padding=padding) + residual
+    # A norm's own activation comes before the sum, and the op would narrow a wider residual.
+    if residual is not None and (own_act is not None or not (in_place or _has_autocast_dtype(residual))):
+        y = conv_norm_act(x, conv, norm, padding=padding)
+        y = y.add(residual).to(y.dtype) if in_place else y + residual
         return y if act is None else act(y)
     name, tails = _split(acts)
     x = _in_layout_of_output(x, conv)
@@ -166,6 +172,12 @@ def _in_layout_of_output(x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
     return x.contiguous(memory_format=channels_last) if x.is_contiguous() else x
 
 
+def _has_autocast_dtype(x: torch.Tensor) -> bool:
+    """Whether autocast is off, or leaves x as it is."""
+    device = x.device.type
+    return not torch.is_autocast_enabled(device) or x.dtype == torch.get_autocast_dtype(device)
+
+
 def is_depthwise(conv: nn.Module) -> bool:
     return conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
 
@@ -206,15 +218,9 @@ def conv_norm_add(
 ) -> torch.Tensor:
     """`shortcut + drop_path(norm(conv(x)))`, which without anything to drop is one op."""
     own_act = NORMS[type(norm)](norm)[1] if type(norm) in NORMS else norm
-    if draws(drop_path) or activation_name(own_act) != "identity" or would_narrow(shortcut):
+    if draws(drop_path) or activation_name(own_act) != "identity":
         return add_branch(shortcut, conv_norm_act(x, conv, norm), drop_path)
     return conv_norm_act(x, conv, norm, residual=shortcut)
-
-
-def would_narrow(shortcut: torch.Tensor) -> bool:
-    """Whether an op under autocast would round this shortcut, which a sum of its own keeps as wide as it is."""
-    device = shortcut.device.type
-    return torch.is_autocast_enabled(device) and shortcut.dtype != torch.get_autocast_dtype(device)
 
 
 def draws(drop_path: nn.Module | None) -> bool:

@@ -50,7 +50,7 @@ class _Residual(Fast):
     ) -> torch.Tensor:
         """`act(drop_path(se(norm(conv(x)))) + downsample(shortcut))`"""
         if self.se is None and not draws(self.drop_path):
-            return conv_norm_act(x, conv, norm, act, residual=self._shortcut(shortcut))
+            return conv_norm_act(x, conv, norm, act, residual=self._shortcut(shortcut), in_place=True)
         branch = conv_norm_act_squeeze_excite(x, conv, norm, None, self.se)
         mask = draw_mask(self.drop_path, branch)
         return act(_add(branch, self._shortcut(shortcut), mask))

@@ -23,7 +23,6 @@ from bbfast.swap._blocks import (
     draws,
     is_depthwise,
     lent_squeeze_excite,
-    would_narrow,
 )
 from bbfast.swap._fast import Fast, register
 from bbfast.swap._lending import lender
@@ -169,16 +168,19 @@ def run_sequence(
     shortcut: torch.Tensor | None = None,
     drop_path: nn.Module | None = None,
     act: nn.Module | None = None,
+    in_place: bool = False,
 ) -> torch.Tensor:
-    """`layers(x)`, or with a shortcut `act(shortcut + drop_path(layers(x)))`."""
+    """`layers(x)`, or with a shortcut `act(shortcut + drop_path(layers(x)))`; `in_place` as in `conv_norm_act`."""
     *steps, last = steps_of(layers)
     for step in steps:
         x = _run(x, step)
     if shortcut is None:
         return _run(x, last)
-    if _can_add(last) and not draws(drop_path) and (act is not None or not would_narrow(shortcut)):
-        return conv_norm_act(x, last.conv, last.norm, act, residual=shortcut)
-    y = add_branch(shortcut, _run(x, last), drop_path)
+    if _can_add(last) and not draws(drop_path):
+        return conv_norm_act(x, last.conv, last.norm, act, residual=shortcut, in_place=in_place)
+    branch = _run(x, last)
+    y = add_branch(shortcut, branch, drop_path)
+    y = y.to(branch.dtype) if in_place else y
     return y if act is None else act(y)
 
 

@@ -28,7 +28,7 @@ class FastInvertedResidualV3(AroundSequence, mobilenetv3.InvertedResidual):
     sequence = "block"
 
     def fused_forward(self, input: torch.Tensor) -> torch.Tensor:
-        return run_sequence(input, self.block, shortcut=input if self.use_res_connect else None)
+        return run_sequence(input, self.block, shortcut=input if self.use_res_connect else None, in_place=True)
 
 
 @register
@@ -50,7 +50,7 @@ class _Dropped(AroundSequence):
     def fused_forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.use_res_connect:
             return run_sequence(input, self.block)
-        return run_sequence(input, self.block, shortcut=input, drop_path=self.stochastic_depth)
+        return run_sequence(input, self.block, shortcut=input, drop_path=self.stochastic_depth, in_place=True)
 
 
 @register

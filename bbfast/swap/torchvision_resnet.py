@@ -39,7 +39,7 @@ class FastBasicBlock(_WithRelu, resnet.BasicBlock):
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         y = conv_norm_act(x, self.conv1, self.bn1, self.relu)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return conv_norm_act(y, self.conv2, self.bn2, self.relu, residual=shortcut)
+        return conv_norm_act(y, self.conv2, self.bn2, self.relu, residual=shortcut, in_place=True)
 
 
 @register
@@ -52,7 +52,7 @@ class FastBottleneck(_WithRelu, resnet.Bottleneck):
         y = conv_norm_act(x, self.conv1, self.bn1, self.relu)
         y = conv_norm_act(y, self.conv2, self.bn2, self.relu)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return conv_norm_act(y, self.conv3, self.bn3, self.relu, residual=shortcut)
+        return conv_norm_act(y, self.conv3, self.bn3, self.relu, residual=shortcut, in_place=True)
 
 
 @register

@@ -109,7 +109,7 @@ class ResidualLayer(Fast):
         for layer in first:
             y = layer(y)
         shortcut = self.shortcut(hidden_state)
-        return conv_norm_act(y, last.convolution, last.normalization, self.activation, residual=shortcut)
+        return conv_norm_act(y, last.convolution, last.normalization, self.activation, residual=shortcut, in_place=True)
 
 
 # ---- ConvNeXt ----------------------------------------------------------------------------------------------
