@@ -189,11 +189,6 @@ def draw_mask(drop_path: nn.Module | None, branch: torch.Tensor, layer_scale=Non
     """What each sample of `branch * layer_scale` is multiplied by in this call, `[N]`; None for 1."""
     if not draws(drop_path):
         return None
-    if type(drop_path) not in DROP_PATHS:
-        raise TypeError(
-            f"a {type(drop_path).__name__} took the place of a stochastic depth layer in a block that is swapped; call "
-            "bbfast.restore on the block first"
-        )
     dtype = branch.dtype if layer_scale is None else torch.promote_types(branch.dtype, layer_scale.dtype)
     return DROP_PATHS[type(drop_path)](drop_path, branch, dtype)
 
@@ -205,10 +200,7 @@ def add_branch(
     layer_scale: torch.Tensor | None = None,
     channel_dim: int = 1,
 ) -> torch.Tensor:
-    """`shortcut + drop_path(branch * layer_scale)` as one op, if it is known how `drop_path` draws."""
-    if draws(drop_path) and type(drop_path) not in DROP_PATHS:
-        scale = layer_scale if layer_scale is None or channel_dim != 1 else layer_scale.view(-1, 1, 1)
-        return shortcut + drop_path(branch if scale is None else branch * scale)
+    """`shortcut + drop_path(branch * layer_scale)` as one op."""
     mask = draw_mask(drop_path, branch, layer_scale)
     return ops.drop_path_add(shortcut, branch, layer_scale=layer_scale, channel_dim=channel_dim, mask=mask)
 
@@ -224,7 +216,5 @@ def conv_norm_add(
 
 
 def draws(drop_path: nn.Module | None) -> bool:
-    """Whether `drop_path` does anything now: draw a mask, or, if it is none that is known, whatever it does."""
-    if drop_path is None or type(drop_path) is nn.Identity:
-        return False
-    return drop_path.training or type(drop_path) not in DROP_PATHS
+    """Whether `drop_path` would draw a mask now."""
+    return drop_path is not None and drop_path.training and type(drop_path) is not nn.Identity

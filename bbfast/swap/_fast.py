@@ -26,12 +26,16 @@ class Fast:
     Attributes:
         lends: names of inner modules that fused_forward uses without calling them, if they are there. A norm stands
             right behind the convolution whose result it takes, and nowhere else (`bbfast.fold_bn_` goes by that).
+        drops: names of those among them that are layers of stochastic depth, nn.Identity or None.
+        asked_once: whether objections are asked before a swap only: it takes long, or fused_forward copes with changes.
         relies_on: qualified names of further foreign functions that were read beside forward.
         own_names: what fused_forward calls arguments that have another name in the foreign forward.
         leaf: whether torch.fx records one call of the block, which so stays fast, or looks into the foreign forward.
     """
 
     lends: tuple[str, ...] = ()
+    drops: tuple[str, ...] = ()
+    asked_once: bool = False
     relies_on: tuple[str, ...] = ()
     own_names: Mapping[str, str] = {}
     leaf: bool = True
@@ -40,7 +44,7 @@ class Fast:
     def lent(cls, block: nn.Module) -> Iterable[tuple[str, nn.Module | None]]:
         """(name, module) of the inner modules that do not run; `block` is of the foreign class or of this one."""
         inner = block._modules  # not getattr, which is slow for modules: this runs in each call
-        return [(name, inner.get(name)) for name in cls.lends]
+        return [(name, inner.get(name)) for name in (*cls.lends, *cls.drops)]
 
     @classmethod
     def concerns(cls, block: nn.Module) -> bool:
@@ -70,25 +74,23 @@ class Fast:
         )
 
     def _can_bypass(self) -> bool:
-        lent = self.lent(self)
-        return _lending.can_lend([module for _, module in lent]) and not _misplaced(lent)
+        if _misplaced_drops(self, self.drops) or (not self.asked_once and self.objections(self)):
+            return False
+        return _lending.can_lend([module for _, module in self.lent(self)])
 
     def fused_forward(self, *args, **kwargs):
         """What the foreign forward returns."""
         raise NotImplementedError(f"{type(self).__name__} has no fused_forward")
 
 
-_STOCHASTIC_DEPTH = ("drop_path", "drop_path1", "drop_path2", "stochastic_depth")
-
-
-def _misplaced(lent: Iterable[tuple[str, nn.Module | None]]) -> list[str]:
+def _misplaced_drops(block: nn.Module, drops: tuple[str, ...]) -> list[str]:
     """Names of what stands in a place for stochastic depth and is something else."""
-    return [
-        name
-        for name, module in lent
-        if name.endswith(_STOCHASTIC_DEPTH) and not (module is None or type(module) in DROP_PATHS)
-        if type(module) is not nn.Identity
-    ]
+    inner = block._modules
+    return [name for name in drops if not _drops_samples(inner.get(name))]
+
+
+def _drops_samples(module: nn.Module | None) -> bool:
+    return module is None or type(module) in DROP_PATHS or type(module) is nn.Identity
 
 
 def _tracer(*values) -> fx.Tracer | None:
@@ -174,10 +176,9 @@ def objections_to(block: nn.Module, cls: type[Fast]) -> list[str]:
     if reasons:  # then its attributes may be others, too
         return reasons
     reasons += _lending.tensor_objections(block)
-    lent = list(cls.lent(block))
-    for name, module in lent:
+    for name, module in cls.lent(block):
         reasons += _lending.objections_to(name, module)
-    reasons += [f"{name} is not a layer of stochastic depth" for name in _misplaced(lent)]
+    reasons += [f"{name} is not a layer of stochastic depth" for name in _misplaced_drops(block, cls.drops)]
     return list(dict.fromkeys(reasons)) or cls.objections(block)  # several inner modules may have one and the same
 
 

@@ -24,14 +24,16 @@ class Lender:
 
     Attributes:
         objections: takes such a module, returns why this one cannot lend all the same; None for a class without any.
+        asked_once: whether objections are asked before a swap only, since it takes long, and not in each call.
         inner: takes such a module, returns (name, module) of its own inner modules that do not run either; None for
             a class that has none.
         read_as: the class whose forward was read.
         relies_on: qualified names of further foreign functions that were read beside it.
-        ready: takes such a module, returns whether it can lend in this call; None for a class that always can.
+        ready: takes such a module, returns whether it can lend in this call, whatever a plan says; None: always.
     """
 
     objections: Callable[[nn.Module], list[str]] | None
+    asked_once: bool
     inner: Callable[[nn.Module], Sequence[tuple[str, nn.Module | None]]] | None
     read_as: type[nn.Module]
     relies_on: tuple[str, ...]
@@ -45,13 +47,14 @@ def lender(
     cls: type[nn.Module],
     *,
     objections: Callable[[nn.Module], list[str]] | None = None,
+    asked_once: bool = False,
     inner: Callable[[nn.Module], Sequence[tuple[str, nn.Module | None]]] | None = None,
     read_as: type[nn.Module] | None = None,
     relies_on: tuple[str, ...] = (),
     ready: Callable[[nn.Module], bool] | None = None,
 ) -> None:
     """Says that modules of exactly this class can lend; see `Lender`."""
-    _lenders[cls] = Lender(objections, inner, read_as or cls, relies_on, ready)
+    _lenders[cls] = Lender(objections, asked_once, inner, read_as or cls, relies_on, ready)
     if cls.__module__.startswith("torch."):
         _fingerprint.remember_torch_forward(cls)
 
@@ -73,6 +76,8 @@ def can_lend(modules: Iterable[nn.Module | None]) -> bool:
             continue
         entry = _lenders.get(type(module))
         if entry is None or has_own_call(module) or not (entry.ready is None or entry.ready(module)):
+            return False
+        if not (entry.objections is None or entry.asked_once) and entry.objections(module):
             return False
         if entry.inner is not None and not can_lend([inner for _, inner in entry.inner(module)]):
             return False

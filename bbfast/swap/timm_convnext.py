@@ -15,7 +15,8 @@ from bbfast.triton_kernels.layout import is_channels_last
 class FastConvNeXtBlock(Fast, ConvNeXtBlock):
     """The depthwise convolution is one op; layer scale, stochastic depth and the sum are another."""
 
-    lends = ("conv_dw", "drop_path")
+    lends = ("conv_dw",)
+    drops = ("drop_path",)
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.use_conv_mlp or type(self.norm) is LayerNorm2d:

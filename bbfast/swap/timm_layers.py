@@ -62,7 +62,7 @@ def _lent_by_norm(norm: BatchNormAct2d) -> list[tuple[str, nn.Module]]:
 
 
 for cls in (BatchNormAct2d, SyncBatchNormAct):
-    lender(cls, objections=_norm_objections, inner=_lent_by_norm, ready=lambda norm: not _norm_objections(norm))
+    lender(cls, objections=_norm_objections, inner=_lent_by_norm)
     NORMS[cls] = lambda norm: (norm, getattr(norm, "act", None))
 
 
@@ -108,19 +108,11 @@ class FastBatchNormAct2d(Fast, BatchNormAct2d):
         return _norm_objections(block)
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
-        if activation_name(self.act) is None or _norm_objections(self):
-            return BatchNormAct2d.forward(self, x)
         statistics, settings = batch_norm_arguments(self)
         return ops.batch_norm_act(x, *statistics, act=activation_name(self.act), **settings)
 
 
-lender(
-    FastBatchNormAct2d,
-    objections=_norm_objections,
-    inner=_lent_by_norm,
-    read_as=BatchNormAct2d,
-    ready=lambda norm: not _norm_objections(norm),
-)
+lender(FastBatchNormAct2d, objections=_norm_objections, inner=_lent_by_norm, read_as=BatchNormAct2d)
 NORMS[FastBatchNormAct2d] = NORMS[BatchNormAct2d]
 
 

@@ -51,7 +51,8 @@ SQUEEZE_EXCITES[SqueezeExcite] = lambda se: (
 class FastConvBnAct(Fast, ConvBnAct):
     """The convolution with all that follows it is one op."""
 
-    lends = ("conv", "bn1", "drop_path")
+    lends = ("conv", "bn1")
+    drops = ("drop_path",)
 
     @classmethod
     def lent(cls, block):
@@ -90,7 +91,8 @@ class _WithSqueezeExcite(Fast):
 class FastDepthwiseSeparableConv(_WithSqueezeExcite, DepthwiseSeparableConv):
     """One op for each convolution; the depthwise one also gives the means that squeeze-and-excite needs."""
 
-    lends = ("conv_s2d", "bn_s2d", "conv_dw", "bn1", "conv_pw", "bn2", "drop_path")
+    lends = ("conv_s2d", "bn_s2d", "conv_dw", "bn1", "conv_pw", "bn2")
+    drops = ("drop_path",)
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self._middle(self._space_to_depth(x), self.conv_dw, self.bn1)
@@ -101,7 +103,8 @@ class FastDepthwiseSeparableConv(_WithSqueezeExcite, DepthwiseSeparableConv):
 class FastInvertedResidual(_WithSqueezeExcite, InvertedResidual):
     """One op for each convolution; the depthwise one also gives the means that squeeze-and-excite needs."""
 
-    lends = ("conv_s2d", "bn_s2d", "conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3", "drop_path")
+    lends = ("conv_s2d", "bn_s2d", "conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3")
+    drops = ("drop_path",)
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         y = conv_norm_act(self._space_to_depth(x), self.conv_pw, self.bn1)
@@ -113,7 +116,8 @@ class FastInvertedResidual(_WithSqueezeExcite, InvertedResidual):
 class FastEdgeResidual(_WithSqueezeExcite, EdgeResidual):
     """One op for each convolution."""
 
-    lends = ("conv_exp", "bn1", "conv_pwl", "bn2", "drop_path")
+    lends = ("conv_exp", "bn1", "conv_pwl", "bn2")
+    drops = ("drop_path",)
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self._middle(x, self.conv_exp, self.bn1)
@@ -127,7 +131,8 @@ lender(LayerScale2d)
 class FastUniversalInvertedResidual(Fast, UniversalInvertedResidual):
     """The last convolution takes the shortcut along, or one op scales, drops and adds; the others run themselves."""
 
-    lends = ("drop_path", "layer_scale")
+    lends = ("layer_scale",)
+    drops = ("drop_path",)
 
     @classmethod
     def lent(cls, block):
@@ -135,9 +140,13 @@ class FastUniversalInvertedResidual(Fast, UniversalInvertedResidual):
         lent_last = lent_conv_norm_act(last, getattr(block, last))
         return [*super().lent(block), *lent_identity("dw_end", block.dw_end), *lent_last]
 
+    @classmethod
+    def objections(cls, block):
+        if type(block.layer_scale) not in (nn.Identity, LayerScale2d):
+            return [f"layer_scale is a {type(block.layer_scale).__name__}"]
+        return []
+
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
-        if type(self.layer_scale) not in (nn.Identity, LayerScale2d):
-            return UniversalInvertedResidual.forward(self, x)
         y = self.se(self.dw_mid(self.pw_exp(self.dw_start(x))))
         last = self.pw_proj
         if type(self.dw_end) is not nn.Identity:

@@ -24,7 +24,7 @@ from bbfast.swap.timm_layers import lent_conv_norm_act, run_conv_norm_act, run_c
 class FastBottleneck(Fast, Bottleneck):
     """One op for each convolution; the last takes the shortcut and the activation behind it along."""
 
-    lends = ("drop_path",)
+    drops = ("drop_path",)
 
     @classmethod
     def lent(cls, block):
@@ -47,14 +47,15 @@ class FastPreBottleneck(Fast, PreBottleneck):
     """Each convolution takes along the norm of the next one, and the last the shortcut."""
 
     lends = ("conv1", "norm2", "conv2")
+    drops = ("drop_path",)
 
     @classmethod
     def lent(cls, block):
         # Squeeze-and-excite stands between the second convolution and the norm, which then runs itself.
         plain = lent_identity("se", block.se)
         norm = [("norm3", block.norm3)] if plain else []
-        last = [("conv3", block.conv3), ("drop_path", block.drop_path)]
-        return [*super().lent(block), *norm, *plain, *lent_squeeze_excite("se", block.se), *last]
+        squeeze_excite = lent_squeeze_excite("se", block.se)
+        return [*super().lent(block), *norm, *plain, *squeeze_excite, ("conv3", block.conv3)]
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm1(x)

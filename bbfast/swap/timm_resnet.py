@@ -76,7 +76,8 @@ def _add(branch: torch.Tensor, shortcut: torch.Tensor, mask: torch.Tensor | None
 class FastBasicBlock(_Residual, BasicBlock):
     """One op for each convolution; the second takes the shortcut along, too."""
 
-    lends = ("conv1", "bn1", "conv2", "bn2", "drop_path")
+    lends = ("conv1", "bn1", "conv2", "bn2")
+    drops = ("drop_path",)
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self._middle(x, self.conv1, self.bn1, self.act1)
@@ -87,7 +88,8 @@ class FastBasicBlock(_Residual, BasicBlock):
 class FastBottleneck(_Residual, Bottleneck):
     """One op for each convolution; the last takes the shortcut along, too."""
 
-    lends = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "drop_path")
+    lends = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
+    drops = ("drop_path",)
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         y = conv_norm_act(x, self.conv1, self.bn1, self.act1)
@@ -114,13 +116,11 @@ class FastResNet(Fast, ResNet):
 
     @classmethod
     def objections(cls, block):
-        if _has_own_features(block):
+        if "forward_features" in block.__dict__:
             return ["it has a forward_features of its own (somebody replaced it on the instance)"]
         return []
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
-        if _has_own_features(self):
-            return ResNet.forward(self, x)
         return self.forward_head(self._features(self._stem(x)))
 
     def _stem(self, x: torch.Tensor) -> torch.Tensor:
@@ -136,7 +136,3 @@ class FastResNet(Fast, ResNet):
         for stage in stages:
             x = stage(x)
         return x
-
-
-def _has_own_features(model: ResNet) -> bool:
-    return "forward_features" in model.__dict__

@@ -40,6 +40,7 @@ def _attention_objections(attn: WindowAttention) -> list[str]:
 lender(
     WindowAttention,
     objections=_attention_objections,
+    asked_once=True,
     inner=lambda attn: [("attn_drop", attn.attn_drop), ("softmax", attn.softmax)],
     relies_on=(
         "timm.models.swin_transformer.WindowAttention._get_rel_pos_bias",
@@ -78,7 +79,9 @@ def _draws(module: nn.Module) -> bool:
 class FastSwinTransformerBlock(Fast, SwinTransformerBlock):
     """Attention reads the windows where they lie in the map; the first sum and norm2 are one op, the second sum one."""
 
-    lends = ("attn", "drop_path1", "drop_path2")
+    lends = ("attn",)
+    drops = ("drop_path1", "drop_path2")
+    asked_once = True  # it compares masks; what changes later, _attend asks
     relies_on = (
         "timm.models.swin_transformer.SwinTransformerBlock._attn",
         "timm.models.swin_transformer.SwinTransformerBlock.get_attn_mask",

@@ -22,7 +22,7 @@ def conv_objections(conv: nn.Conv2d) -> list[str]:
     return []
 
 
-lender(nn.Conv2d, objections=conv_objections, ready=lambda conv: conv.padding_mode == "zeros")
+lender(nn.Conv2d, objections=conv_objections)
 CONVS[nn.Conv2d] = lambda conv: None
 
 for cls in (nn.BatchNorm2d, nn.SyncBatchNorm):

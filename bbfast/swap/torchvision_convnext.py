@@ -18,7 +18,7 @@ class FastCNBlock(Fast, CNBlock):
     In between, its layers run on `[N, H, W, C]`, as they do without it.
     """
 
-    lends = ("stochastic_depth",)
+    drops = ("stochastic_depth",)
 
     @classmethod
     def lent(cls, block):

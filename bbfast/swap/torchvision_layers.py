@@ -69,6 +69,7 @@ def _frozen_objections(norm: FrozenBatchNorm2d) -> list[str]:
 lender(
     FrozenBatchNorm2d,
     objections=_frozen_objections,
+    asked_once=True,
     ready=lambda norm: not torch.is_autocast_enabled(norm.weight.device.type),
 )
 NORMS[FrozenBatchNorm2d] = lambda norm: (
@@ -83,12 +84,8 @@ for cls in (*GATES, nn.AdaptiveAvgPool2d):
 
 def _read_squeeze_excite(block: SqueezeExcitation):
     """A module that is not what torchvision makes it has no name, so the block runs itself."""
-    pointwise = all(
-        type(conv) is nn.Conv2d and (conv.kernel_size, conv.groups, conv.padding) == ((1, 1), 1, (0, 0))
-        for conv in (block.fc1, block.fc2)
-    )
     mean = type(block.avgpool) is nn.AdaptiveAvgPool2d and block.avgpool.output_size in (1, (1, 1))
-    act = activation_name(block.activation) if pointwise and mean else None
+    act = activation_name(block.activation) if mean else None
     return block.fc1, act, block.fc2, GATES.get(type(block.scale_activation))
 
 

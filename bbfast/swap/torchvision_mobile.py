@@ -44,7 +44,7 @@ class FastMnasNetInvertedResidual(AroundSequence, mnasnet._InvertedResidual):
 class _Dropped(AroundSequence):
     """What EfficientNet's blocks share: a branch that stochastic depth may leave out."""
 
-    lends = ("stochastic_depth",)
+    drops = ("stochastic_depth",)
     sequence = "block"
 
     def fused_forward(self, input: torch.Tensor) -> torch.Tensor:

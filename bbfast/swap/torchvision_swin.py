@@ -22,6 +22,7 @@ class FastShiftedWindowAttention(Fast, ShiftedWindowAttention):
     As in torchvision, `qkv` and `proj` are never called: their weights are read.
     """
 
+    asked_once = True  # it compares a whole index
     relies_on = (
         f"{_SWIN}.shifted_window_attention",
         f"{_SWIN}._get_relative_position_bias",
@@ -63,10 +64,12 @@ class FastShiftedWindowAttention(Fast, ShiftedWindowAttention):
 class FastSwinTransformerBlock(Fast, SwinTransformerBlock):
     """The first sum and norm2 are one op, where norm2 is an nn.LayerNorm; the second sum is another."""
 
+    drops = ("stochastic_depth",)
+
     @classmethod
     def lent(cls, block):
-        lent = [("stochastic_depth", block.stochastic_depth)]
-        return [*lent, ("norm2", block.norm2)] if _is_channel_norm(block.norm2) else lent
+        norm = [("norm2", block.norm2)] if _is_channel_norm(block.norm2) else []
+        return [*super().lent(block), *norm]
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         branch = self.attn(self.norm1(x))

@@ -84,12 +84,9 @@ def _inner_of_conv_layer(layer: nn.Module):
 
 
 def _conv_layer_objections(layer: nn.Module) -> list[str]:
-    return [] if ends_linear(layer) else ["has an activation, and what is added to its result comes after that"]
-
-
-def ends_linear(layer: nn.Module) -> bool:
-    """Whether a sum with the result of such a layer can be one op with it."""
-    return activation_name(getattr(layer, "activation", None)) == "identity"
+    if activation_name(getattr(layer, "activation", None)) != "identity":
+        return ["has an activation, and what is added to its result comes after that"]
+    return []
 
 
 class ResidualLayer(Fast):
@@ -103,8 +100,6 @@ class ResidualLayer(Fast):
 
     def fused_forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
         *first, last = self.layer._modules.values()
-        if not ends_linear(last):
-            return super(Fast, self).forward(hidden_state)
         y = hidden_state
         for layer in first:
             y = layer(y)
@@ -118,7 +113,8 @@ class ResidualLayer(Fast):
 class ConvNextBlock(Fast):
     """Kind of block: the depthwise convolution is one op; layer scale, stochastic depth and sum are another."""
 
-    lends = ("dwconv", "drop_path")
+    lends = ("dwconv",)
+    drops = ("drop_path",)
 
     def fused_forward(self, features: torch.Tensor) -> torch.Tensor:
         y = conv_norm_act(features, self.dwconv)

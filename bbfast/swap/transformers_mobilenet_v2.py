@@ -9,7 +9,6 @@ from bbfast.swap._fast import Fast, register
 from bbfast.swap.transformers_layers import (
     TensorFlowConvLayer,
     conv_layer_lender,
-    ends_linear,
     padding_objections,
     tensorflow_conv,
 )
@@ -39,8 +38,6 @@ class FastMobileNetV2InvertedResidual(Fast, MobileNetV2InvertedResidual):
         return [f"reduce_1x1 {reason}" for reason in padding_objections(block.reduce_1x1)]
 
     def fused_forward(self, features: torch.Tensor) -> torch.Tensor:
-        if not (self.use_residual and ends_linear(self.reduce_1x1)):
-            return super(Fast, self).forward(features)
         return tensorflow_conv(self.reduce_1x1, self.conv_3x3(self.expand_1x1(features)), residual=features)
 
 

@@ -73,6 +73,8 @@ class _SwinLayer(Fast):
         "transformers.integrations.sdpa_attention.sdpa_attention_forward",
     )
 
+    drops = ("drop_path",)
+
     @classmethod
     def lent(cls, block):
         attention = block.attention
@@ -82,7 +84,7 @@ class _SwinLayer(Fast):
             *lent_projections(_projections(attention)),
             ("layernorm_after", block.layernorm_after),
             ("dropout", block.dropout),
-            ("drop_path", block.drop_path),
+            *super().lent(block),
         ]
 
     @classmethod
@@ -103,7 +105,7 @@ class _SwinLayer(Fast):
         inner = self.attention
         attention = _read(inner)
         arguments = (hidden_states, input_dimensions, always_partition)
-        if inner.config._attn_implementation != "sdpa" or kwargs.get("output_attentions"):
+        if kwargs.get("output_attentions"):
             return super(Fast, self).forward(*arguments, **kwargs)
         if inner.training and inner.attention_dropout:
             return super(Fast, self).forward(*arguments, **kwargs)

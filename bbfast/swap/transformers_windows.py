@@ -78,12 +78,7 @@ def _acts_on_tokens(layer: nn.Module) -> bool:
 
 
 def needs_windows(attention: Attention, dropouts: Iterable[nn.Module]) -> bool:
-    """Whether one of the layers would do to a map what it would not do to windows.
-
-    That is: draw which values it drops, in another order; or nobody knows what.
-    """
-    if not all(_acts_on_tokens(layer) for layer in attention.projections):
-        return True
+    """Whether one of the layers would draw which values it drops, in another order for a map than for windows."""
     layers = [*dropouts, *attention.projections]
     found = (module for layer in layers for module in layer.modules() if isinstance(module, _DropoutNd))
     return any(dropout.training and dropout.p for dropout in found)
@@ -199,6 +194,7 @@ class ShiftedWindowLayer(Fast):
     """
 
     takes: tuple[str, ...] = ()
+    drops = ("drop_path",)
 
     @classmethod
     def lent(cls, block):
@@ -211,7 +207,7 @@ class ShiftedWindowLayer(Fast):
             ("attention.output.dropout", output.dropout),
             *lent_projections(_projections(attention)),
             ("layernorm_after", block.layernorm_after),
-            ("drop_path", block.drop_path),
+            *super().lent(block),
         ]
 
     @classmethod
