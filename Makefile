@@ -32,7 +32,7 @@ bench: $(VENV)/.dev-installed
 
 # Compiles kernels for GPUs that need not be here, which Triton's interpreter would prevent.
 kernels: $(VENV)/.dev-installed
-	env -u TRITON_INTERPRET $(RUN) -m benchmarks.kernels
+	env -u TRITON_INTERPRET $(RUN) -m bbfast.benchmarks.kernels
 
 # For a machine that has a GPU, torch and pytest, and perhaps no network: builds into build/gpu with the system's
 # Python, installs nothing, tests and measures, and leaves its results under benchmarks/results.

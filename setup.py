@@ -1,4 +1,4 @@
-"""Builds bbfast: Python packages, the Triton kernels as bbfast.triton_kernels, and the extension bbfast._C.
+"""Builds bbfast: Python packages, triton_kernels/ and benchmarks/ within bbfast, and the extension bbfast._C.
 
 The extension takes every csrc/*.cpp and, with CUDA, every csrc/*.cu and csrc/*_cuda.cpp: a new file needs no
 change here. BBFAST_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, CUDA_HOME and MAX_JOBS steer the build (see README.md).
@@ -199,8 +199,8 @@ def spare_cuda_includes() -> list[str]:
 CUDA = choose_cuda()
 
 setup(
-    packages=[*find_packages(include=["bbfast", "bbfast.*"]), "bbfast.triton_kernels"],
-    package_dir={"bbfast.triton_kernels": "triton_kernels"},
+    packages=[*find_packages(include=["bbfast", "bbfast.*"]), "bbfast.triton_kernels", "bbfast.benchmarks"],
+    package_dir={"bbfast.triton_kernels": "triton_kernels", "bbfast.benchmarks": "benchmarks"},
     package_data={"bbfast.triton_kernels": ["*.json"], "bbfast.swap": ["sources/*.json"]},
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildExt},

@@ -1,6 +1,6 @@
 """The static kernel report: compiles the Triton kernels as their launchers would launch them, without a GPU.
 
-    python -m benchmarks.kernels [--arch 80 90 100] [--set NAME ...] [--case TEXT ...] [--json FILE] [--check]
+    python -m bbfast.benchmarks.kernels [--arch 80 90 100] [--set NAME ...] [--case TEXT ...] [--json FILE] [--check]
 
 Launchers run on meta tensors with their kernels replaced by recorders, so what is compiled is what a real launch of
 that shape compiles: the same heuristics, constants and specialisations (1, multiples of 16, None). Registers, shared
@@ -625,7 +625,7 @@ def print_table(rows: list[Report]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m benchmarks.kernels")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m bbfast.benchmarks.kernels")
     parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities, e.g. 80 90 100")
     parser.add_argument("--set", nargs="+", default=list(SETS[:3]), dest="sets")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Kernels compiled for real GPUs, as their launchers would launch them: no spills, wide accesses, small halos.
 
-Runs `python -m benchmarks.kernels --check` in a process of its own, where Triton compiles instead of interpreting.
+Runs `python -m bbfast.benchmarks.kernels --check` in a process of its own, where Triton compiles instead of interpreting.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def _check(tmp_path, sets, archs, cases=("",)):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     output = tmp_path / "kernels.json"
-    command = [sys.executable, "-m", "benchmarks.kernels", "--check", "--json", output]
+    command = [sys.executable, "-m", "bbfast.benchmarks.kernels", "--check", "--json", output]
     command += ["--set", *sets, "--arch", *map(str, archs), "--case", *cases]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -18,7 +18,7 @@ from filelock import FileLock  # torch depends on it
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = (
-    *("bbfast", "csrc", "triton_kernels", "setup.py", "pyproject.toml", "MANIFEST.in", "constraints.txt"),
+    *("bbfast", "csrc", "triton_kernels", "benchmarks", "setup.py", "pyproject.toml", "MANIFEST.in", "constraints.txt"),
     *("README.md", "CONTRIBUTING.md", "LICENSE"),
 )
 IMPORT_ALL = """
