@@ -1,6 +1,6 @@
 """Kernels compiled for real GPUs, as their launchers would launch them: no spills, wide accesses, small halos.
 
-Runs `python -m bbfast.benchmarks.kernels --check` in a process of its own, where Triton compiles instead of interpreting.
+Runs `python -m bbfast.benchmarks.kernels --check` in a process of its own, where Triton compiles, not interprets.
 """
 
 from __future__ import annotations

@@ -69,19 +69,16 @@ def code_read() -> list[tuple[type[nn.Module], tuple[str, ...]]]:
 
 def can_lend(modules: Iterable[nn.Module | None]) -> bool:
     """Whether all of them may still be bypassed: what can change after a swap, asked in each call."""
-    if _has_global_hooks():
+    return not _has_global_hooks() and all(module is None or _can_lend(module) for module in modules)
+
+
+def _can_lend(module: nn.Module) -> bool:
+    entry = _lenders.get(type(module))
+    if entry is None or has_own_call(module) or not (entry.ready is None or entry.ready(module)):
         return False
-    for module in modules:
-        if module is None:
-            continue
-        entry = _lenders.get(type(module))
-        if entry is None or has_own_call(module) or not (entry.ready is None or entry.ready(module)):
-            return False
-        if not (entry.objections is None or entry.asked_once) and entry.objections(module):
-            return False
-        if entry.inner is not None and not can_lend([inner for _, inner in entry.inner(module)]):
-            return False
-    return True
+    if entry.objections is not None and not entry.asked_once and entry.objections(module):
+        return False
+    return entry.inner is None or all(inner is None or _can_lend(inner) for _, inner in entry.inner(module))
 
 
 def has_own_call(module: nn.Module) -> bool:

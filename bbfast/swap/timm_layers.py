@@ -51,8 +51,8 @@ for cls, name in (
 
 
 def _norm_objections(norm: BatchNormAct2d) -> list[str]:
-    drop = getattr(norm, "drop", None)
-    if type(drop) not in (nn.Identity, type(None)):
+    drop = norm._modules.get("drop")
+    if not (drop is None or type(drop) is nn.Identity):
         return [f"drops values between norm and activation ({type(drop).__name__})"]
     return []
 
