@@ -45,6 +45,21 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture
+def reference_backend(monkeypatch):
+    """For tests that compare whole models: on plain torch, since the kernels have their own tests."""
+    monkeypatch.setenv("BBFAST_BACKEND", "torch")
+
+
+@pytest.fixture
+def one_thread():
+    """For tests whose batches and maps are so small that threads would mostly wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Fresh random inputs in each run; `BBFAST_TEST_SEED=N` repeats one (pytest prints N where a test fails)."""

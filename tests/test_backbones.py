@@ -37,11 +37,7 @@ MODELS = {
 }
 SIZE = (64, 92)
 
-
-@pytest.fixture(autouse=True)
-def reference_backend(monkeypatch):
-    """Models are compared on plain torch; the kernels have their own tests."""
-    monkeypatch.setenv("BBFAST_BACKEND", "torch")
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 @pytest.fixture(params=MODELS)

@@ -27,21 +27,14 @@ from bbfast.ops.window_partition import window_partition
 
 SMALL_MODEL = "mobilenetv3_small_050"
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
 def fast_backend(monkeypatch):
     """Whole models in Triton's interpreter would take minutes."""
     monkeypatch.setenv("BBFAST_BACKEND", "onednn")
     monkeypatch.setenv("COLUMNS", "120")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A batch of 1 gains little from more threads, and on busy cores they wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

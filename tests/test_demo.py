@@ -23,21 +23,14 @@ EXPECTED = {
     "flower": {"daisy": 0.315},
 }
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def photos():
     from bbfast.data.sample_photos import sample_photos
 
     return sample_photos()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A batch of 1 gains little from more threads, and on busy cores they wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

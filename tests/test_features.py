@@ -37,20 +37,7 @@ ONE_OF_EACH_KIND = [SMALL, "mobilenetv3_large_075", "tf_efficientnet_b0", "effic
 QUICK = [*ONE_OF_EACH_KIND, "mobilenetv3_small_100", "mobilenetv3_rw", "mobilenetv2_110d", "efficientnet_b0"]
 ONE_PER_FAMILY = [SMALL, "mobilenetv2_035", TINY]
 
-
-@pytest.fixture(autouse=True)
-def reference_backend(monkeypatch):
-    """Models are compared on plain torch; the kernels have their own tests."""
-    monkeypatch.setenv("BBFAST_BACKEND", "torch")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The maps are so small that threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("reference_backend", "one_thread")
 
 
 def sized(name: str) -> dict:

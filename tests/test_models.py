@@ -56,20 +56,7 @@ OTHER_WIDTHS = [
 # Maps of 33, 17, 9, 5, 3 and 2 pixels: odd ones meet strided "same" padding, none is a single pixel.
 SMALL = 33
 
-
-@pytest.fixture(autouse=True)
-def reference_backend(monkeypatch):
-    """Models are compared on plain torch; the kernels have their own tests."""
-    monkeypatch.setenv("BBFAST_BACKEND", "torch")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The maps are so small that threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("reference_backend", "one_thread")
 
 
 # ---- parity ----------------------------------------------------------------------------------------------

@@ -49,20 +49,7 @@ KINDS = {
 FEW = ["regnety_008_tv", "regnetv_064", "regnetz_005"]
 X, Y = "regnetx_002", "regnety_002"
 
-
-@pytest.fixture(autouse=True)
-def reference_backend(monkeypatch):
-    """Models are compared on plain torch; the kernels have their own tests."""
-    monkeypatch.setenv("BBFAST_BACKEND", "torch")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The maps are so small that threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("reference_backend", "one_thread")
 
 
 def twins(name: str, **arguments) -> tuple[nn.Module, nn.Module]:

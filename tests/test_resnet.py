@@ -75,19 +75,7 @@ def sides(name: str) -> tuple[int, int]:
     return (32, 64) if "aa" in name else (33, 40)
 
 
-@pytest.fixture(autouse=True)
-def reference_backend(monkeypatch):
-    """Models are compared on plain torch; the kernels have their own tests."""
-    monkeypatch.setenv("BBFAST_BACKEND", "torch")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The maps are so small that threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("reference_backend", "one_thread")
 
 
 def twins(name: str, theirs: dict | None = None, **arguments) -> tuple[nn.Module, nn.Module]:

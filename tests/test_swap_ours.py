@@ -27,11 +27,7 @@ MODELS = {
     "regnetx_002": ({}, (68, 92)),
 }
 
-
-@pytest.fixture(autouse=True)
-def reference_backend(monkeypatch):
-    """Models are compared on plain torch; the kernels have their own tests."""
-    monkeypatch.setenv("BBFAST_BACKEND", "torch")
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 class Trio:

@@ -22,11 +22,7 @@ from timm.models.convnext import ConvNeXtBlock, Downsample  # noqa: E402
 # Few channels and blocks: every path of a ConvNeXt in a fraction of its time.
 SHALLOW = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 32), "num_classes": 5}
 
-
-@pytest.fixture(autouse=True)
-def reference_backend(monkeypatch):
-    """Models are compared on plain torch and C++; Triton's kernels have their own tests."""
-    monkeypatch.setenv("BBFAST_BACKEND", "torch")
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 def build(name: str = "convnext_tiny", **arguments) -> nn.Module:

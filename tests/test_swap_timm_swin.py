@@ -25,11 +25,7 @@ NARROW = {"embed_dim": 16, "num_heads": (1, 2, 2, 4), **SHALLOW}
 # Windows of 7 pixels divide none of the maps: 15 x 19, 8 x 10, 4 x 5, 2 x 3.
 ODD = (60, 76)
 
-
-@pytest.fixture(autouse=True)
-def reference_backend(monkeypatch):
-    """Models are compared on plain torch and C++; Triton's kernels have their own tests."""
-    monkeypatch.setenv("BBFAST_BACKEND", "torch")
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 def build(name: str = TINY, **arguments) -> nn.Module:

@@ -32,11 +32,7 @@ TINY = "swin_tiny_patch4_window7_224"
 # Two blocks a stage, few channels: every path of a Swin in a fraction of its time.
 SHALLOW = {"embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 2, 4), "num_classes": 5}
 
-
-@pytest.fixture(autouse=True)
-def reference_backend(monkeypatch):
-    """Models are compared on plain torch; the kernels have their own tests."""
-    monkeypatch.setenv("BBFAST_BACKEND", "torch")
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 def twins(name: str = TINY, **arguments) -> tuple[nn.Module, nn.Module]:
