@@ -26,21 +26,21 @@ lint: $(VENV)/.dev-installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+# Models and ops on this machine, and a report of them under benchmarks/results.
 bench: $(VENV)/.dev-installed
-	$(RUN) benchmarks/bench_models.py --model mobilenetv3_large_100
-	$(RUN) benchmarks/bench_models.py --model swin_tiny_patch4_window7_224
+	$(RUN) -m bbfast.benchmarks.run $(BENCH_ARGS)
 
 # Compiles kernels for GPUs that need not be here, which Triton's interpreter would prevent.
 kernels: $(VENV)/.dev-installed
 	env -u TRITON_INTERPRET $(RUN) -m bbfast.benchmarks.kernels
 
 # For a machine that has a GPU, torch and pytest, and perhaps no network: builds into build/gpu with the system's
-# Python, installs nothing, tests and measures, and leaves its results under benchmarks/results.
+# Python, installs nothing, tests and measures for 10 (quick: 3) minutes, and leaves its results under benchmarks/results.
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 gpu-quick:
-	$(PYTHON) benchmarks/gpu.py --quick
+	$(PYTHON) benchmarks/gpu.py --quick $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks bbfast/_C.*.so

@@ -52,9 +52,13 @@ def facts(device: str | torch.device) -> dict:
 
 
 def source() -> dict:
-    """The commit of this checkout, and whether tracked files differ from it; None for both where this is none."""
+    """The commit of this checkout, and whether tracked files differ from it; None for both where this is none.
+
+    Where files alone were copied to, `BBFAST_COMMIT=HASH` or `HASH-dirty` may tell it.
+    """
     if output_of("git", "-C", str(ROOT), "rev-parse", "--show-toplevel") != str(ROOT):  # may be somebody else's
-        return {"commit": None, "dirty": None}
+        told = os.environ.get("BBFAST_COMMIT")
+        return {"commit": told and told.removesuffix("-dirty"), "dirty": told and told.endswith("-dirty")}
     commit = output_of("git", "-C", str(ROOT), "rev-parse", "HEAD")
     # Results of an earlier run change nothing that is measured.
     changes = output_of("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", ":!benchmarks/results")
@@ -101,3 +105,14 @@ def run_folder(found: dict) -> str:
     """A folder's name for one run: date, commit, and `-dirty` where the source differs from that commit."""
     commit = (found["commit"] or "unknown")[:10]
     return f"{found['started'][:10]}-{commit}{'-dirty' if found['dirty'] else ''}"
+
+
+def new_results_folder(found: dict) -> Path:
+    """Makes a folder for one run under benchmarks/results, numbered from the second of a day and commit on."""
+    wanted = ROOT / "benchmarks" / "results" / device_folder(found) / run_folder(found)
+    folder, number = wanted, 1
+    while folder.exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    folder.mkdir(parents=True)
+    return folder

@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from results_folders import FACTS, model_row, write_models
 
 timm = pytest.importorskip("timm")
 
@@ -23,6 +24,65 @@ def test_a_model_left_out_without_a_reason_is_an_error():
     assert "GroupNorm" in coverage["reason"]("efficientnet", "efficientnet_b3_gn")
     with pytest.raises(SystemExit, match="no reason why resnet lacks resnet999"):
         coverage["reason"]("resnet", "resnet999")
+
+
+def performance_page() -> dict:
+    return runpy.run_path(str(DOCS / "performance_page.py"))
+
+
+def test_the_page_and_the_table_on_performance_are_up_to_date():
+    page = performance_page()
+    folders, readme = page["latest"](), (DOCS.parent / "README.md").read_text()
+    advice = "run python docs/performance_page.py"
+    assert (DOCS / "performance.md").read_text() == page["page"](folders), advice
+    assert readme == page["readme_with"](readme, page["headline"](folders)), advice
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    """Two runs on a CPU and one on a GPU, where benchmarks/results is."""
+    rows = [model_row("eager", 12.0), model_row("compile", 8.0), model_row("bbfast", 10.0)]
+    cpu = {**FACTS, "gpu": None, "processor": "Test CPU"}
+    folder = tmp_path / "benchmarks" / "results"
+    write_models(folder / "cpu" / "b-older", {"resnet50": rows}, cpu)
+    write_models(folder / "cpu" / "a-newer", {"convnext_tiny": rows}, {**cpu, "started": "2031-01-01T00:00:00+00:00"})
+    write_models(folder / "gpu" / "run", {"swin": [*rows, model_row("bbfast+compile", 4.0)]})
+    (folder / "cpu" / "flat.json").write_text("{}")  # older results lie in the device's folder itself
+    return tmp_path
+
+
+def test_the_page_shows_the_newest_results_of_each_device(results):
+    page = performance_page()
+    page["page"].__globals__["ROOT"] = results
+    folders = page["latest"](results)
+    assert [found.folder.name for found in folders] == ["run", "a-newer"]
+    text = page["page"](folders)
+    assert text.index("### Test GPU") < text.index("### Test CPU")
+    assert "| convnext_tiny infer bf16 batch 8 224 px | compile | 8.00 | bbfast | 10.0 | 1.25 |" in text
+    assert "In none of the 1 cases" in text and "resnet50" not in text.partition("## Results")[2]
+    assert "No results folder is committed" not in text
+    assert "No results folder is committed" in page["page"]([])
+
+
+def test_the_table_in_the_readme_is_about_the_gpu_if_there_is_one(results):
+    page = performance_page()
+    page["headline"].__globals__["ROOT"] = results
+    gpu, cpu = page["latest"](results)
+    assert "| swin, infer, bf16, batch 8, 224 px | 12.0 | 8.00 | 4.00 | 3.00 | 2.00 |" in page["headline"]([gpu, cpu])
+    table = page["headline"]([cpu])
+    assert table.startswith("Test CPU, torch 9.9")
+    assert "| convnext_tiny, infer, bf16, batch 8, 224 px | 12.0 | 8.00 | 10.0 | 1.20 | 0.80 |" in table
+    assert page["headline"]([]) == ""
+
+
+def test_the_readme_is_changed_between_its_markers_alone():
+    page = performance_page()
+    begin, end = page["BEGIN"], page["END"]
+    before = f"above\n{begin}\nold\n{end}\nbelow\n"
+    assert page["readme_with"](before, "new\n") == f"above\n{begin}\nnew\n{end}\nbelow\n"
+    for wrong in ("nothing", f"{end}{begin}", f"{before}{before}"):
+        with pytest.raises(ValueError, match="once each"):
+            page["readme_with"](wrong, "new\n")
 
 
 LIBRARIES = {"timm": "1.0.31", "torchvision": "0.29.1", "transformers": "5.23.0"}
