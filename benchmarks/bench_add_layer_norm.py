@@ -1,68 +1,82 @@
-"""`add_layer_norm` against eager torch and torch.compile: forward, and forward with backward of both outputs.
+"""`add_layer_norm` on Swin's and ConvNeXt's maps, NHWC, with the sum and its norm both used afterwards.
 
-    pytest benchmarks/bench_add_layer_norm.py --benchmark-only
-
-Swin-T's four stages at batch 128 in bfloat16 on a GPU; the second stage at batch 8 in float32 on a CPU.
+Forward is inference; with backward every fourth sample's branch is dropped, as stochastic depth does, which the op does
+not even read. Eager is the sum, the product with the mask and F.layer_norm.
 """
 
-import pytest
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
-from bbfast import dispatch
+from bbfast.benchmarks.op_case import BACKWARD, BATCH, DTYPE, Case, randn
+from bbfast.benchmarks.op_suite import Suite, cases
+from bbfast.benchmarks.op_timing import Work
 from bbfast.ops import add_layer_norm
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-STAGES = [(128, 56, 96), (128, 28, 192), (128, 14, 384), (128, 7, 768)] if ON_GPU else [(8, 28, 192)]
-DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+OP = "add_layer_norm"
 
 
-def _eager(residual, branch, weight, bias, mask):
-    total = residual + (branch if mask is None else branch * mask.view(-1, 1, 1, 1))
-    return total, F.layer_norm(total, total.shape[-1:], weight, bias)
+@dataclass(frozen=True)
+class Shape:
+    layer: str
+    size: int
+    channels: int
 
 
-def _ours(residual, branch, weight, bias, mask):
-    return add_layer_norm(residual, branch, weight, bias, mask=mask)
+SHAPES = {
+    "swin_tiny-1": Shape("swin_tiny stage 1", 56, 96),
+    "swin_tiny-2": Shape("swin_tiny stage 2", 28, 192),
+    "swin_tiny-3": Shape("swin_tiny stage 3", 14, 384),
+    "swin_tiny-4": Shape("swin_tiny stage 4", 7, 768),
+    "swin_base-1": Shape("swin_base stage 1", 56, 128),
+    "swin_base-2": Shape("swin_base stage 2", 28, 256),
+    "swin_base-3": Shape("swin_base stage 3", 14, 512),
+    "swin_base-4": Shape("swin_base stage 4", 7, 1024),
+}
+GPU = ("swin_tiny-1", "swin_tiny-2", "swin_tiny-3", "swin_tiny-4")
+CPU = ("swin_tiny-1", "swin_tiny-3")
 
 
-def _provider(name, monkeypatch):
-    """The function to time; skips where the machine cannot run it."""
-    if name == "kernels":
-        reasons = dispatch.triton_unavailable_reasons(torch.empty(0, device=DEVICE))
-        if reasons or not ON_GPU:
-            pytest.skip("kernels are timed on a GPU only: " + "; ".join(reasons))
-        monkeypatch.setenv("BBFAST_STRICT", "1")
-        return _ours
-    if name == "reference":
-        monkeypatch.setenv("BBFAST_BACKEND", "torch")
-        return _ours
-    return torch.compile(_eager) if name == "compile" else _eager
+def work_of(shape: Shape, direction: str, batch: int, dtype: torch.dtype) -> Work:
+    """Forward: residual, branch, sum, norm. Backward: the sum and two gradients in, two out. Kept samples only."""
+    numel = batch * shape.size**2 * shape.channels
+    if direction != BACKWARD:
+        return Work(4 * numel * dtype.itemsize, 8 * numel)
+    kept = numel // batch * (batch - len(range(0, batch, 4)))
+    return Work((8 * numel + kept) * dtype.itemsize, 24 * numel)
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: "x".join(map(str, stage)))
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "with backward"])
-@pytest.mark.parametrize("drop", [False, True], ids=["no drop", "drop 1/4"])
-@pytest.mark.parametrize("provider", ["eager", "compile", "reference", "kernels"])
-def test_add_layer_norm(benchmark, provider, drop, backward, stage, monkeypatch):
-    function = _provider(provider, monkeypatch)
-    batch, size, channels = stage
-    shape = (batch, size, size, channels)
-    residual, branch, grad_total, grad_norm = (torch.randn(shape, device=DEVICE, dtype=DTYPE) for _ in range(4))
-    weight, bias = (torch.randn(channels, device=DEVICE, dtype=DTYPE) for _ in range(2))
+def make_case(shape: Shape, direction: str) -> Case:
+    size = (BATCH, shape.size, shape.size, shape.channels)
     mask = None
-    if drop:
-        mask = torch.ones(batch, device=DEVICE, dtype=DTYPE)
+    if direction == BACKWARD:
+        mask = torch.ones(BATCH)
         mask[::4] = 0
-    leaves = [tensor.requires_grad_(backward) for tensor in (residual, branch, weight, bias)]
 
-    def run():
-        outputs = function(residual, branch, weight, bias, mask)
-        if backward:
-            torch.autograd.grad(outputs, leaves, (grad_total, grad_norm))
-        if ON_GPU:
-            torch.cuda.synchronize()
+    def inputs():
+        vectors = (randn(shape.channels), randn(shape.channels))
+        return (randn(*size), randn(*size), *vectors, *(() if mask is None else (mask.to(vectors[0]),)))
 
-    benchmark.group = f"add_layer_norm {shape} {DTYPE}"
-    benchmark.pedantic(run, rounds=20, iterations=1, warmup_rounds=3)
+    def eager(residual, branch, weight, bias, mask=None):
+        total = residual + (branch if mask is None else branch * mask.view(-1, 1, 1, 1))
+        return total, F.layer_norm(total, total.shape[-1:], weight, bias)
+
+    def bbfast(residual, branch, weight, bias, mask=None):
+        return add_layer_norm(residual, branch, weight, bias, mask=mask)
+
+    return Case(
+        op=OP,
+        shape=f"{shape.layer} {'x'.join(map(str, size))}",
+        direction=direction,
+        inputs=inputs,
+        leaves=(0, 1, 2, 3),
+        eager=eager,
+        bbfast=bbfast,
+        work=work_of(shape, direction, BATCH, DTYPE),
+    )
+
+
+@cases(SHAPES, gpu=GPU, cpu=CPU)
+def test_add_layer_norm(suite: Suite, shape, direction, provider):
+    suite.measure(make_case(shape, direction), provider)

@@ -1,107 +1,139 @@
-"""conv_bn_act on the CPU per layer: pointwise of MobileNetV3-Large or 3x3 of ResNet-50; eager, each kernel backend, and
-for pointwise layers bare products.
+"""`conv_bn_act` on the dense and grouped layers of ResNet-50, ResNeXt-50, RegNetY-1.6GF and MobileNetV3, channels_last.
 
-python benchmarks/bench_conv_bn_act.py --batch 8 --threads 2 --kernel 1
+Forward is inference with running statistics; with backward the statistics are the batch's, as in training. Eager is
+F.conv2d, F.batch_norm, the sum where there is a residual, and the activation. On a GPU the op leaves the convolution to
+cuDNN and fuses what follows, so `backend` names batch_norm_act's. On a CPU inference is one kernel: pointwise layers,
+3x3 ones (by Winograd's transform) and grouped ones have their own in the extension, and "bbfast onednn" is the one
+that the others take.
 """
 
-from __future__ import annotations
-
-import argparse
-import os
-import statistics
-import time
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from bbfast import extension
+from bbfast.benchmarks.op_case import BACKWARD, BATCH, DTYPE, Case, rand, randn
+from bbfast.benchmarks.op_suite import Suite, cases
+from bbfast.benchmarks.op_timing import Work
 from bbfast.ops import conv_bn_act
-from bbfast.reference.conv_bn_act import conv_bn_act as reference
+from bbfast.reference.activation import ACTIVATIONS
 
-# (C, O, H = W, activation, how often) at 224 x 224, stride 1.
-POINTWISE_LAYERS = [
-    (16, 16, 112, "identity", 1),
-    (16, 64, 112, "relu", 1),
-    (64, 24, 56, "identity", 1),
-    (24, 72, 56, "relu", 2),
-    (72, 24, 56, "identity", 1),
-    (72, 40, 28, "identity", 1),
-    (40, 120, 28, "relu", 2),
-    (120, 40, 28, "identity", 2),
-    (40, 240, 28, "hardswish", 1),
-    (240, 80, 14, "identity", 1),
-    (80, 200, 14, "hardswish", 1),
-    (200, 80, 14, "identity", 1),
-    (80, 184, 14, "hardswish", 2),
-    (184, 80, 14, "identity", 2),
-    (80, 480, 14, "hardswish", 1),
-    (480, 112, 14, "identity", 1),
-    (112, 672, 14, "hardswish", 2),
-    (672, 112, 14, "identity", 1),
-    (672, 160, 7, "identity", 1),
-    (160, 960, 7, "hardswish", 3),
-    (960, 160, 7, "identity", 2),
-]
-LAYERS_3X3 = [
-    (64, 64, 56, "relu", 3),
-    (128, 128, 28, "relu", 3),
-    (256, 256, 14, "relu", 5),
-    (512, 512, 7, "relu", 2),
-]
+OP = "conv_bn_act"
 
 
-def providers(batch: int, channels: int, out_channels: int, size: int, act: str, kernel: int) -> dict:
-    """Functions that run one layer on channels_last input, which it pads to its own size."""
-    x = torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(out_channels, channels, kernel, kernel) / (kernel * channels**0.5)
-    bn = [torch.rand(out_channels) + 0.5 for _ in range(4)]
-    padding = kernel // 2
-    geometry = ((1, 1), (padding,) * 4, (1, 1), 1)
+@dataclass(frozen=True)
+class Shape:
+    model: str
+    channels: int
+    out_channels: int
+    size: int
+    kernel: int = 1
+    stride: int = 1
+    groups: int = 1
+    act: str = "relu"
+    residual: bool = False
 
-    def forced(backend: str):
-        def run():
-            os.environ["BBFAST_BACKEND"] = backend
-            return conv_bn_act(x, weight, *bn, padding=padding, act=act)
-
-        return run
-
-    return {
-        "eager": lambda: reference(x, weight, None, *bn, None, *geometry, False, 0.1, 1e-5, act),
-        "onednn": forced("onednn"),
-        **({"cpp": forced("cpp")} if extension.load() else {}),
-        **({"matmul": lambda: F.linear(x.permute(0, 2, 3, 1), weight.flatten(1))} if kernel == 1 else {}),
-    }
+    @property
+    def out_size(self) -> int:
+        return (self.size - 1) // self.stride + 1
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--kernel", type=int, choices=(1, 3), default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    totals: dict[str, float] = {}
-    print(f"{'layer':28} milliseconds, median (billion multiply-adds per second)")
-    for channels, out_channels, size, act, count in POINTWISE_LAYERS if args.kernel == 1 else LAYERS_3X3:
-        with torch.inference_mode():
-            runs = providers(args.batch, channels, out_channels, size, act, args.kernel)
-            times = {name: [] for name in runs}
-            for _ in range(args.repeats):
-                for name, run in runs.items():
-                    run()
-                    start = time.perf_counter()
-                    run()
-                    times[name].append(1e3 * (time.perf_counter() - start))
-        work = args.batch * size * size * channels * out_channels * args.kernel**2 / 1e6
-        cells = []
-        for name, values in times.items():
-            median = statistics.median(values)
-            totals[name] = totals.get(name, 0.0) + count * median
-            cells.append(f"{name} {median:.3f} ({work / median:.0f})")
-        print(f"{channels:4} -> {out_channels:4} @ {size:3} {act:10} " + "  ".join(cells), flush=True)
-    print("all layers of the model: " + "  ".join(f"{name} {total:.2f} ms" for name, total in totals.items()))
+# MobileNetV3-Large's: channels, channels out, size, activation
+POINTWISE = (
+    (16, 16, 112, "identity"),
+    (16, 64, 112, "relu"),
+    (64, 24, 56, "identity"),
+    (24, 72, 56, "relu"),
+    (72, 24, 56, "identity"),
+    (72, 40, 28, "identity"),
+    (40, 120, 28, "relu"),
+    (120, 40, 28, "identity"),
+    (40, 240, 28, "hardswish"),
+    (240, 80, 14, "identity"),
+    (80, 200, 14, "hardswish"),
+    (200, 80, 14, "identity"),
+    (80, 184, 14, "hardswish"),
+    (184, 80, 14, "identity"),
+    (80, 480, 14, "hardswish"),
+    (480, 112, 14, "identity"),
+    (112, 672, 14, "hardswish"),
+    (672, 112, 14, "identity"),
+    (672, 160, 7, "identity"),
+    (160, 960, 7, "hardswish"),
+    (960, 160, 7, "identity"),
+)
+SHAPES = {
+    "resnet50-1-3x3": Shape("resnet50", 64, 64, 56, 3),
+    "resnet50-1-out": Shape("resnet50", 64, 256, 56, residual=True),
+    "resnet50-2-3x3": Shape("resnet50", 128, 128, 28, 3),
+    "resnet50-2-out": Shape("resnet50", 128, 512, 28, residual=True),
+    "resnet50-3-3x3": Shape("resnet50", 256, 256, 14, 3),
+    "resnet50-3-out": Shape("resnet50", 256, 1024, 14, residual=True),
+    "resnet50-4-3x3": Shape("resnet50", 512, 512, 7, 3),
+    "resnet50-4-out": Shape("resnet50", 512, 2048, 7, residual=True),
+    "resnet50-2-shortcut": Shape("resnet50", 256, 512, 56, stride=2, act="identity"),
+    "resnext50-1-3x3": Shape("resnext50_32x4d", 128, 128, 56, 3, groups=32),
+    "resnext50-3-3x3": Shape("resnext50_32x4d", 512, 512, 14, 3, groups=32),
+    "regnety-2-3x3": Shape("regnety_016", 120, 120, 28, 3, groups=5),
+    "regnety-3-3x3": Shape("regnety_016", 336, 336, 14, 3, groups=14),
+    "regnety-3-out": Shape("regnety_016", 336, 336, 14, residual=True),
+    **{
+        f"mobilenetv3-{channels}-{out}": Shape("mobilenetv3_large", channels, out, size, act=act)
+        for channels, out, size, act in POINTWISE
+    },
+}
+GPU = ("resnet50-1-out", "resnet50-2-3x3", "resnext50-3-3x3", "mobilenetv3-160-960")
+CPU = ("mobilenetv3-24-72", "mobilenetv3-480-112", "resnet50-3-3x3", "regnety-3-3x3", "resnet50-3-out")
 
 
-if __name__ == "__main__":
-    main()
+def work_of(shape: Shape, direction: str, batch: int, dtype: torch.dtype) -> Work:
+    """Forward: x, weight, residual, y. Backward: x, weight and y's gradient in, those of all inputs out."""
+    x, y = batch * shape.channels * shape.size**2, batch * shape.out_channels * shape.out_size**2
+    taps = shape.channels // shape.groups * shape.kernel**2
+    weight, residual = shape.out_channels * taps, y * shape.residual
+    moved, flops = x + weight + residual + y, 2 * taps * y
+    if direction == BACKWARD:
+        moved += x + weight + y + x + weight + residual
+        flops *= 3
+    return Work(moved * dtype.itemsize, flops, on_tensor_cores=True)
+
+
+def make_case(shape: Shape, direction: str) -> Case:
+    size = (BATCH, shape.channels, shape.size, shape.size)
+    training = direction == BACKWARD
+    geometry = {"stride": shape.stride, "padding": shape.kernel // 2, "groups": shape.groups}
+    activation = ACTIVATIONS[shape.act]
+
+    def inputs():
+        taps = (shape.channels // shape.groups, shape.kernel, shape.kernel)
+        weight = randn(shape.out_channels, *taps, channels_last=True) / (taps[0] ** 0.5 * shape.kernel)
+        out = (BATCH, shape.out_channels, shape.out_size, shape.out_size)
+        residual = (randn(*out, channels_last=True),) if shape.residual else ()
+        return randn(*size, channels_last=True), weight, *(rand(shape.out_channels) for _ in range(4)), *residual
+
+    def eager(x, weight, bn_weight, bn_bias, mean, var, residual=None):
+        y = F.batch_norm(F.conv2d(x, weight, None, **geometry), mean, var, bn_weight, bn_bias, training)
+        return activation(y if residual is None else y + residual)
+
+    def bbfast(*tensors):
+        residual = tensors[6] if shape.residual else None
+        return conv_bn_act(*tensors[:6], residual=residual, **geometry, training=training, act=shape.act)
+
+    details = f" to {shape.out_channels} k{shape.kernel} s{shape.stride} {shape.act}"
+    details += f" groups {shape.groups}" * (shape.groups > 1) + " residual" * shape.residual
+    return Case(
+        op=OP,
+        shape=f"{shape.model} {'x'.join(map(str, size))}{details}",
+        direction=direction,
+        inputs=inputs,
+        leaves=(0, 1, 2, 3, 6) if shape.residual else (0, 1, 2, 3),
+        eager=eager,
+        bbfast=bbfast,
+        others={"bbfast onednn": bbfast},
+        work=work_of(shape, direction, BATCH, DTYPE),
+    )
+
+
+@cases(SHAPES, gpu=GPU, cpu=CPU, others=("bbfast onednn",))
+def test_conv_bn_act(suite: Suite, shape, direction, provider):
+    suite.measure(make_case(shape, direction), provider)

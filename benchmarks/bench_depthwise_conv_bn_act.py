@@ -1,240 +1,133 @@
-"""`depthwise_conv_bn_act` on MobileNetV3-Large's depthwise layers: eager, compiled and bbfast, interleaved.
+"""`depthwise_conv_bn_act` on the depthwise layers of MobileNetV3-Large, EfficientNet-B0 and ConvNeXt-T, channels_last.
 
-    python benchmarks/bench_depthwise_conv_bn_act.py [--batch N] [--dtype bf16] [--layout NHWC] [--mode eval train]
-
-One row per layer, mode and provider: p20/p50/p80 ms, GB/s (each input read once, each output written once), percent of
-the bandwidth of a device copy measured in the same run, and the largest error against float64, which must pass the
-tolerance rule or the row is an error: a fast wrong answer is no result. `train` is forward and backward. On a GPU
-inputs rotate through more memory than the L2 cache holds. Writes depthwise_conv_bn_act.json into BBFAST_RESULTS_DIR,
-or where --json says.
+Forward is inference with running statistics, with the mean over the map where squeeze-and-excite follows; with backward
+the statistics are the batch's, as in training. ConvNeXt's 7x7 layers have a bias and neither BatchNorm nor activation.
+Eager is F.conv2d, F.batch_norm, the activation and the mean. On a CPU "bbfast onednn" is the kernel that the
+extension's own took over from.
 """
 
-from __future__ import annotations
-
-import argparse
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import triton
-from rich.console import Console
-from rich.table import Table
 
-from bbfast import dispatch
+from bbfast.benchmarks.op_case import BACKWARD, BATCH, DTYPE, Case, rand, randn
+from bbfast.benchmarks.op_suite import Suite, cases
+from bbfast.benchmarks.op_timing import Work
 from bbfast.ops import depthwise_conv_bn_act
 from bbfast.reference.activation import ACTIVATIONS
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# channels, input size, kernel, stride, activation, squeeze output; each shape once
-LAYERS = (
-    (16, 112, 3, 1, "relu", False),
-    (64, 112, 3, 2, "relu", False),
-    (72, 56, 3, 1, "relu", False),
-    (72, 56, 5, 2, "relu", True),
-    (120, 28, 5, 1, "relu", True),
-    (240, 28, 3, 2, "hardswish", False),
-    (200, 14, 3, 1, "hardswish", False),
-    (184, 14, 3, 1, "hardswish", False),
-    (480, 14, 3, 1, "hardswish", True),
-    (672, 14, 3, 1, "hardswish", True),
-    (672, 14, 5, 2, "hardswish", True),
-    (960, 7, 5, 1, "hardswish", True),
-)
+OP = "depthwise_conv_bn_act"
 
 
-def eager(x, weight, bn_weight, bn_bias, mean, var, *, stride, padding, training, act, squeeze):
-    z = F.conv2d(x, weight, None, stride, padding, groups=x.shape[1])
-    y = ACTIVATIONS[act](F.batch_norm(z, mean, var, bn_weight, bn_bias, training))
-    return (y, y.mean((2, 3))) if squeeze else y
+@dataclass(frozen=True)
+class Shape:
+    """A map [N, C, H, W]; without channels_last in plain NCHW."""
+
+    model: str
+    channels: int
+    size: int
+    kernel: int
+    stride: int = 1
+    act: str = "relu"
+    squeeze: bool = False
+    channels_last: bool = True
+
+    @property
+    def normalised(self) -> bool:
+        return self.model != "convnext_tiny"
+
+    @property
+    def out_size(self) -> int:
+        return (self.size - 1) // self.stride + 1
 
 
-class Layer:
-    """Inputs of one layer, several sets of them, and what to call on them."""
-
-    def __init__(self, layer, batch: int, dtype: torch.dtype, layout: str, training: bool):
-        channels, size, kernel, stride, act, squeeze = layer
-        self.name = f"{channels}x{size}x{size} k{kernel} s{stride} {act}" + (" squeeze" if squeeze else "")
-        self.config = {
-            "stride": stride,
-            "padding": kernel // 2,
-            "training": training,
-            "act": act,
-            "squeeze": squeeze,
-        }
-        out = (size - 1) // stride + 1
-        element = torch.finfo(dtype).bits // 8
-        pixels = batch * channels * element
-        trips_in, trips_out = (3, 2) if training else (1, 1)  # train: x, x again for the weight, dx; y, dy
-        self.bytes = pixels * (trips_in * size * size + trips_out * out * out)
-        sets = max(1, -(-(128 << 20) // (pixels * (size * size + out * out)))) if ON_GPU else 1
-        memory_format = torch.channels_last if layout == "NHWC" else torch.contiguous_format
-        self.sets = []
-        for _ in range(min(sets, 16)):
-            x = torch.randn(batch, channels, size, size, device=DEVICE, dtype=dtype).to(memory_format=memory_format)
-            weight = torch.randn(channels, 1, kernel, kernel, device=DEVICE, dtype=dtype)
-            vectors = [torch.rand(channels, device=DEVICE) + 0.5 for _ in range(4)]
-            leaves = [t.requires_grad_(training) for t in (x, weight, *vectors[:2])]
-            grad = torch.randn(batch, channels, out, out, device=DEVICE, dtype=dtype).to(memory_format=memory_format)
-            self.sets.append((leaves, vectors[2:], grad))
-
-    def call(self, function, index: int):
-        leaves, running, grad = self.sets[index % len(self.sets)]
-        if not self.config["training"]:
-            with torch.inference_mode():
-                return function(*leaves, *running, **self.config)
-        out = function(*leaves, *running, **self.config)
-        y = out[0] if self.config["squeeze"] else out
-        return torch.autograd.grad(y, leaves, grad)
-
-    def check(self, function) -> float:
-        """Largest error of the output against float64; raises where it breaks the tolerance rule."""
-        leaves, running, _ = self.sets[0]
-        config = self.config | {"squeeze": False}
-        with torch.no_grad():
-            few = [leaves[0][:2], *leaves[1:]]
-            ours = function(*few, *(r.clone() for r in running), **config).double()
-            same = eager(*few, *(r.clone() for r in running), **config).double()
-            exact = eager(*(t.double() for t in few), *(r.double() for r in running), **config)
-        error, baseline = ((out - exact).abs().max().item() for out in (ours, same))
-        allowed = 2 * baseline + 4 * torch.finfo(leaves[0].dtype).eps * exact.abs().max().item()
-        if not error <= allowed:
-            raise RuntimeError(f"{self.name}: error {error:.3g} is above the allowed {allowed:.3g}")
-        return error
+MOBILENET = {
+    "mobilenet-16": Shape("mobilenetv3_large", 16, 112, 3),
+    "mobilenet-64": Shape("mobilenetv3_large", 64, 112, 3, 2),
+    "mobilenet-72": Shape("mobilenetv3_large", 72, 56, 3),
+    "mobilenet-72-5x5": Shape("mobilenetv3_large", 72, 56, 5, 2, squeeze=True),
+    "mobilenet-120": Shape("mobilenetv3_large", 120, 28, 5, squeeze=True),
+    "mobilenet-240": Shape("mobilenetv3_large", 240, 28, 3, 2, "hardswish"),
+    "mobilenet-200": Shape("mobilenetv3_large", 200, 14, 3, act="hardswish"),
+    "mobilenet-184": Shape("mobilenetv3_large", 184, 14, 3, act="hardswish"),
+    "mobilenet-480": Shape("mobilenetv3_large", 480, 14, 3, act="hardswish", squeeze=True),
+    "mobilenet-672": Shape("mobilenetv3_large", 672, 14, 3, act="hardswish", squeeze=True),
+    "mobilenet-672-5x5": Shape("mobilenetv3_large", 672, 14, 5, 2, "hardswish", squeeze=True),
+    "mobilenet-960": Shape("mobilenetv3_large", 960, 7, 5, act="hardswish", squeeze=True),
+}
+EFFICIENTNET = {
+    "efficientnet-32": Shape("efficientnet_b0", 32, 112, 3, act="silu", squeeze=True),
+    "efficientnet-96": Shape("efficientnet_b0", 96, 112, 3, 2, "silu", squeeze=True),
+    "efficientnet-144": Shape("efficientnet_b0", 144, 56, 3, act="silu", squeeze=True),
+    "efficientnet-240": Shape("efficientnet_b0", 240, 28, 5, act="silu", squeeze=True),
+    "efficientnet-480": Shape("efficientnet_b0", 480, 14, 5, act="silu", squeeze=True),
+    "efficientnet-1152": Shape("efficientnet_b0", 1152, 7, 5, act="silu", squeeze=True),
+}
+CONVNEXT = {
+    "convnext-1": Shape("convnext_tiny", 96, 56, 7, act="identity"),
+    "convnext-2": Shape("convnext_tiny", 192, 28, 7, act="identity"),
+    "convnext-3": Shape("convnext_tiny", 384, 14, 7, act="identity"),
+    "convnext-4": Shape("convnext_tiny", 768, 7, 7, act="identity"),
+}
+NCHW = {"mobilenet-120-NCHW": Shape("mobilenetv3_large", 120, 28, 5, squeeze=True, channels_last=False)}
+SHAPES = {**MOBILENET, **EFFICIENTNET, **CONVNEXT, **NCHW}
+GPU = ("mobilenet-16", "efficientnet-96", "mobilenet-120", "mobilenet-672", "mobilenet-960", "convnext-1")
+CPU = ("mobilenet-16", "mobilenet-72-5x5", "mobilenet-120", "mobilenet-672")
 
 
-def milliseconds(run: Callable[[int], object], rounds: int) -> list[float]:
-    """Times of `rounds` calls, by events on a GPU and by the clock elsewhere."""
-    times = []
-    for index in range(rounds):
-        if ON_GPU:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run(index)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
+def work_of(shape: Shape, direction: str, batch: int, dtype: torch.dtype) -> Work:
+    """Forward: x, weight, y, means. Backward: x, the weight and y's gradient in, x's and the weight's out."""
+    x, y = (batch * shape.channels * size**2 for size in (shape.size, shape.out_size))
+    weight, means = shape.channels * shape.kernel**2, batch * shape.channels * shape.squeeze
+    moved, flops = x + weight + y + means, 2 * shape.kernel**2 * y
+    if direction == BACKWARD:
+        moved += x + weight + y + means + x + weight
+        flops *= 3
+    return Work(moved * dtype.itemsize, flops)
+
+
+def make_case(shape: Shape, direction: str) -> Case:
+    size = (BATCH, shape.channels, shape.size, shape.size)
+    training = direction == BACKWARD and shape.normalised
+    geometry = {"stride": shape.stride, "padding": shape.kernel // 2}
+    activation = ACTIVATIONS[shape.act]
+
+    def inputs():
+        weight = randn(shape.channels, 1, shape.kernel, shape.kernel) / shape.kernel
+        vectors = [rand(shape.channels) for _ in range(4)] if shape.normalised else [randn(shape.channels)]
+        return randn(*size, channels_last=shape.channels_last), weight, *vectors
+
+    def eager(x, weight, *vectors):
+        if shape.normalised:
+            bn_weight, bn_bias, mean, var = vectors
+            z = F.conv2d(x, weight, None, **geometry, groups=shape.channels)
+            y = activation(F.batch_norm(z, mean, var, bn_weight, bn_bias, training))
         else:
-            begin = time.perf_counter()
-            run(index)
-            times.append((time.perf_counter() - begin) * 1e3)
-    return times
+            y = F.conv2d(x, weight, vectors[0], **geometry, groups=shape.channels)
+        return (y, y.mean((2, 3))) if shape.squeeze else y
+
+    def bbfast(x, weight, *vectors):
+        if not shape.normalised:
+            none = (None,) * 4
+            return depthwise_conv_bn_act(x, weight, *none, bias=vectors[0], **geometry, act="identity")
+        config = {"training": training, "act": shape.act, "squeeze": shape.squeeze}
+        return depthwise_conv_bn_act(x, weight, *vectors, **geometry, **config)
+
+    details = f" k{shape.kernel} s{shape.stride} {shape.act}" + (" squeeze" if shape.squeeze else "")
+    return Case(
+        op=OP,
+        shape=f"{shape.model} {'x'.join(map(str, size))}{details}{'' if shape.channels_last else ' NCHW'}",
+        direction=direction,
+        inputs=inputs,
+        leaves=(0, 1, 2, 3) if shape.normalised else (0, 1, 2),
+        eager=eager,
+        bbfast=bbfast,
+        others={"bbfast onednn": bbfast},
+        work=work_of(shape, direction, BATCH, DTYPE),
+    )
 
 
-def graphed(layer: Layer, function) -> Callable[[int], object]:
-    """Replays of a CUDA graph, one for each input set, so that launches cost every provider the same."""
-    graphs = []
-    for index in range(len(layer.sets)):
-        for _ in range(3):
-            layer.call(function, index)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            layer.call(function, index)
-        graphs.append(graph)
-    return lambda index: graphs[index % len(graphs)].replay()
-
-
-def copy_gbps() -> float:
-    """Bytes read plus bytes written per second of a large copy on this device."""
-    source = torch.randn((1 << 30 if ON_GPU else 1 << 26) // 4, device=DEVICE)
-    target = torch.empty_like(source)
-    times = milliseconds(lambda _: target.copy_(source), 12)[2:]
-    return 2 * source.numel() * 4 / statistics.median(times) / 1e6
-
-
-def measure(options, console: Console) -> list[dict]:
-    bandwidth = copy_gbps()
-    console.print(f"device copy: {bandwidth:.0f} GB/s")
-    table = Table(title=f"batch {options.batch}, {options.dtype}, {options.layout}")
-    for header in ("layer", "mode", "provider", "p20 ms", "p50 ms", "p80 ms", "GB/s", "% of copy", "error"):
-        table.add_column(header, no_wrap=True, justify="left" if header in ("layer", "mode", "provider") else "right")
-    rows = []
-    compiled = torch.compile(eager, dynamic=False)
-    for mode in options.mode:
-        for shape in LAYERS:
-            layer = Layer(shape, options.batch, DTYPES[options.dtype], options.layout, mode == "train")
-            runs = {}
-            for name, function in {"eager": eager, "compile": compiled, "bbfast": depthwise_conv_bn_act}.items():
-                if name == "compile" and not options.compile:
-                    continue
-                error = layer.check(function)
-                run = graphed(layer, function) if ON_GPU else partial(layer.call, function)
-                milliseconds(run, 3)
-                runs[name] = (run, error, [])
-            for _ in range(options.repeats):
-                for run, _, times in runs.values():
-                    times += milliseconds(run, len(layer.sets))
-            for name, (_, error, times) in runs.items():
-                p20, p50, p80 = (
-                    statistics.quantiles(times, n=10, method="inclusive")[1::3] if len(times) > 1 else times * 3
-                )
-                gbps = layer.bytes / p50 / 1e6
-                rows.append(
-                    {
-                        "layer": layer.name,
-                        "mode": mode,
-                        "provider": name,
-                        "p20_ms": p20,
-                        "p50_ms": p50,
-                        "p80_ms": p80,
-                        "gbps": gbps,
-                        "percent_of_copy": 100 * gbps / bandwidth,
-                        "max_error": error,
-                        "backend": dispatch.last_choices()["depthwise_conv_bn_act"].backend
-                        if name == "bbfast"
-                        else name,
-                    }
-                )
-                numbers = (f"{p20:.4f}", f"{p50:.4f}", f"{p80:.4f}", f"{gbps:.0f}", f"{100 * gbps / bandwidth:.0f}")
-                table.add_row(layer.name, mode, name, *numbers, f"{error:.1e}")
-    console.print(table)
-    return [{"copy_gbps": bandwidth}, *rows]
-
-
-def environment() -> dict:
-    def git(*args):
-        found = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        return found.stdout.strip()
-
-    return {
-        "device": torch.cuda.get_device_name() if ON_GPU else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
-    }
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=128 if ON_GPU else 2)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if ON_GPU else "fp32")
-    parser.add_argument("--layout", choices=("NHWC", "NCHW"), default="NHWC")
-    parser.add_argument("--mode", choices=("eval", "train"), nargs="+", default=["eval", "train"])
-    parser.add_argument("--repeats", type=int, default=20 if ON_GPU else 3)
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    rows = measure(options, console)
-    folder = os.environ.get("BBFAST_RESULTS_DIR")
-    output = options.json or (Path(folder) / "depthwise_conv_bn_act.json" if folder else None)
-    if output:
-        output.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+@cases(SHAPES, gpu=GPU, cpu=CPU, others=("bbfast onednn",))
+def test_depthwise_conv_bn_act(suite: Suite, shape, direction, provider):
+    suite.measure(make_case(shape, direction), provider)

@@ -1,66 +1,87 @@
-"""`drop_path_add` against eager torch and torch.compile: forward, and forward with backward.
+"""`drop_path_add` on ConvNeXt's maps in channels_last, with layer scale, and on Swin's, without.
 
-    pytest benchmarks/bench_drop_path_add.py --benchmark-only
-
-ConvNeXt-T's second stage at batch 128 in bfloat16, with layer scale, on a GPU; a small float32 map on a CPU.
+Every fourth sample's branch is dropped, as stochastic depth does: eager multiplies it by 0, the op does not read it.
+The gradient of the residual is that of the sum itself, which nobody has to write.
 """
 
-import pytest
+from dataclasses import dataclass
+
 import torch
 
-from bbfast import dispatch
+from bbfast.benchmarks.op_case import BACKWARD, BATCH, DTYPE, Case, rand, randn
+from bbfast.benchmarks.op_suite import Suite, cases
+from bbfast.benchmarks.op_timing import Work
 from bbfast.ops import drop_path_add
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-SHAPE = (128, 192, 28, 28) if ON_GPU else (8, 64, 28, 28)
-DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+OP = "drop_path_add"
 
 
-def _eager(residual, branch, layer_scale, mask):
-    if layer_scale is not None:
-        branch = branch * layer_scale.view(-1, 1, 1)
-    return residual + branch * mask.view(-1, 1, 1, 1)
+@dataclass(frozen=True)
+class Shape:
+    """A map [N, C, H, W]; without channels_last in plain NCHW."""
+
+    layer: str
+    channels: int
+    size: int
+    scaled: bool = True
+    channels_last: bool = True
 
 
-def _ours(residual, branch, layer_scale, mask):
-    return drop_path_add(residual, branch, layer_scale=layer_scale, mask=mask)
+SHAPES = {
+    "convnext_tiny-1": Shape("convnext_tiny stage 1", 96, 56),
+    "convnext_tiny-2": Shape("convnext_tiny stage 2", 192, 28),
+    "convnext_tiny-3": Shape("convnext_tiny stage 3", 384, 14),
+    "convnext_tiny-4": Shape("convnext_tiny stage 4", 768, 7),
+    "swin_tiny-1": Shape("swin_tiny stage 1", 96, 56, scaled=False),
+    "swin_tiny-3": Shape("swin_tiny stage 3", 384, 14, scaled=False),
+    "efficientnet_b0": Shape("efficientnet_b0 stage 3", 40, 28, scaled=False),
+    "convnext_tiny-2-NCHW": Shape("convnext_tiny stage 2", 192, 28, channels_last=False),
+}
+GPU = ("convnext_tiny-1", "convnext_tiny-2", "convnext_tiny-3", "convnext_tiny-4")
+CPU = ("convnext_tiny-1", "convnext_tiny-3")
 
 
-def _provider(name, monkeypatch):
-    """The function to time; skips where the machine cannot run it."""
-    if name == "kernels":
-        reasons = dispatch.triton_unavailable_reasons(torch.empty(0, device=DEVICE))
-        if reasons or not ON_GPU:
-            pytest.skip("kernels are timed on a GPU only: " + "; ".join(reasons))
-        monkeypatch.setenv("BBFAST_STRICT", "1")
-        return _ours
-    if name == "reference":
-        monkeypatch.setenv("BBFAST_BACKEND", "torch")
-        return _ours
-    return torch.compile(_eager) if name == "compile" else _eager
+def work_of(shape: Shape, direction: str, batch: int, dtype: torch.dtype) -> Work:
+    """Forward: residual, what is kept of branch, sum. Backward: gradient in, branch again if scaled, gradient out."""
+    numel = batch * shape.channels * shape.size**2
+    kept = numel // batch * (batch - len(range(0, batch, 4)))
+    moved, flops = 2 * numel + kept, 2 * numel + shape.scaled * kept
+    if direction == BACKWARD:
+        moved += 2 * numel + shape.scaled * kept
+        flops += numel + shape.scaled * 3 * kept
+    return Work(moved * dtype.itemsize, flops)
 
 
-@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=["NHWC", "NCHW"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "with backward"])
-@pytest.mark.parametrize("scaled", [False, True], ids=["no scale", "layer scale"])
-@pytest.mark.parametrize("provider", ["eager", "compile", "reference", "kernels"])
-def test_drop_path_add(benchmark, provider, scaled, backward, memory_format, monkeypatch):
-    function = _provider(provider, monkeypatch)
-    residual, branch, grad_y = (
-        torch.randn(SHAPE, device=DEVICE, dtype=DTYPE).contiguous(memory_format=memory_format) for _ in range(3)
+def make_case(shape: Shape, direction: str) -> Case:
+    size = (BATCH, shape.channels, shape.size, shape.size)
+
+    def inputs():
+        residual, branch = (randn(*size, channels_last=shape.channels_last) for _ in range(2))
+        mask = torch.ones(BATCH).to(residual)
+        mask[::4] = 0
+        return residual, branch, mask, *((rand(shape.channels).to(DTYPE),) if shape.scaled else ())
+
+    def eager(residual, branch, mask, layer_scale=None):
+        if layer_scale is not None:
+            branch = branch * layer_scale.view(-1, 1, 1)
+        return residual + branch * mask.view(-1, 1, 1, 1)
+
+    def bbfast(residual, branch, mask, layer_scale=None):
+        return drop_path_add(residual, branch, layer_scale=layer_scale, mask=mask)
+
+    details = (" layer scale" if shape.scaled else "") + ("" if shape.channels_last else " NCHW")
+    return Case(
+        op=OP,
+        shape=f"{shape.layer} {'x'.join(map(str, size))}{details}",
+        direction=direction,
+        inputs=inputs,
+        leaves=(0, 1, 3) if shape.scaled else (0, 1),
+        eager=eager,
+        bbfast=bbfast,
+        work=work_of(shape, direction, BATCH, DTYPE),
     )
-    layer_scale = torch.rand(SHAPE[1], device=DEVICE, dtype=DTYPE) if scaled else None
-    mask = torch.ones(SHAPE[0], device=DEVICE, dtype=DTYPE)
-    mask[::4] = 0
-    leaves = [tensor.requires_grad_(backward) for tensor in (residual, branch, layer_scale) if tensor is not None]
 
-    def run():
-        y = function(residual, branch, layer_scale, mask)
-        if backward:
-            torch.autograd.grad(y, leaves, grad_y)
-        if ON_GPU:
-            torch.cuda.synchronize()
 
-    benchmark.group = f"drop_path_add {tuple(SHAPE)} {DTYPE}"
-    benchmark.pedantic(run, rounds=20, iterations=1, warmup_rounds=3)
+@cases(SHAPES, gpu=GPU, cpu=CPU)
+def test_drop_path_add(suite: Suite, shape, direction, provider):
+    suite.measure(make_case(shape, direction), provider)
