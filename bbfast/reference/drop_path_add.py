@@ -16,11 +16,12 @@ def drop_path_add(
     residual, branch [B, C, ...] of any float dtypes (torch's promotion rules); multiplier [B]; layer_scale [C].
     """
     trailing = (1,) * (branch.dim() - 2)
-    if multiplier is not None:
-        multiplier = multiplier.view(-1, 1, *trailing)
-        branch = torch.where(multiplier != 0, branch, 0)
     if layer_scale is not None:
-        branch = branch * layer_scale.view(-1, *trailing)
-    if multiplier is not None:
-        branch = branch * multiplier
-    return residual + branch
+        layer_scale = layer_scale.view(-1, *trailing)
+    if multiplier is None:
+        return residual + branch if layer_scale is None else torch.addcmul(residual, branch, layer_scale)
+    multiplier = multiplier.view(-1, 1, *trailing)
+    kept = multiplier != 0
+    if layer_scale is not None:
+        branch = torch.where(kept, branch, 0) * layer_scale  # nor may such a branch reach the gradient of layer_scale
+    return torch.where(kept, torch.addcmul(residual, branch, multiplier), residual)
