@@ -1,4 +1,4 @@
-"""The command `bbfast`: classify photos, list models, sample design spaces, say what can run here, and a demo.
+"""The command `bbfast`: classify photos, list models, sample design spaces, tune kernels, say what runs here, a demo.
 
 Exit codes: 0 done, 1 something given cannot be used (one line on stderr says what), 2 wrong usage.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import bbfast
 from bbfast.data.packaged_weights import MODEL as DEFAULT_MODEL
+from bbfast.triton_kernels.tuned import NAMES as TUNABLE_KERNELS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,8 +76,40 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(demo)
     demo.set_defaults(command=_command("demo"))
 
+    _add_tune(commands.add_parser("tune", help="measure launch configurations of kernels on the GPU at hand"))
     _add_design_space(commands.add_parser("design-space", help="random networks of a design space, and their errors"))
     return parser
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Tries other tiles, warps and so on than the heuristics choose for the kernels that these models launch, and "
+        "keeps, for later runs on this kind of GPU, those that are quicker and give the same numbers. May be cut short "
+        "and goes on where it was."
+    )
+    parser.set_defaults(command=_command("tune"))
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="whose kernels, e.g. mobilenetv3_large_100")
+    parser.add_argument(
+        "--batch", type=_list_of(_positive), default=[128], metavar="N[,N]", help="photos at a time, default 128"
+    )
+    for name, default, allowed, text in (
+        ("dtype", "bf16", ("fp32", "bf16", "fp16"), "in training autocast's"),
+        ("mode", "infer", ("infer", "train"), "train: forward and backward"),
+        ("kernels", None, TUNABLE_KERNELS, "only these kernels"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=_list_of(_one_of(allowed)),
+            default=default and [default],
+            metavar="NAME[,NAME]",
+            help=f"{', '.join(allowed)}; {text}; default {default or 'all'}",
+        )
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="default: $BBFAST_TUNED_DIR or ~/.cache/bbfast/tuned, where later runs look",
+    )
+    parser.add_argument("--again", action="store_true", help="also measure what the folder holds already")
 
 
 def _add_design_space(parser: argparse.ArgumentParser) -> None:
@@ -117,6 +150,20 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="default auto: the GPU if there is one",
     )
+
+
+def _list_of(kind: Callable) -> Callable[[str], list]:
+    """A list with commas, each part read by `kind`."""
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def _one_of(allowed: Sequence[str]) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in allowed:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(allowed)}")
+        return text
+
+    return check
 
 
 def _positive(text: str) -> int:

@@ -275,7 +275,7 @@ def test_backward_takes_several_programs_with_several_tiles(device, monkeypatch)
     from bbfast.triton_kernels import add_layer_norm as kernels
 
     x = torch.zeros(4, 37, 96, device=device)
-    walk = kernels._Walk(x, (x,), reducing=True, scaled=False)
+    walk = kernels._Walk("backward", x, (x,), reducing=True, scaled=False)
     assert walk.programs > 1 and walk.tiles_per_program > 1 and walk.rows % walk.tile.block_r
     assert walk.tiles % walk.tiles_per_program or device == "cuda"
 

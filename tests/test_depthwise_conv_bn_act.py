@@ -196,6 +196,7 @@ def test_kernels_cut_into_many_programs(channels_last, stride, device, on_kernel
         )
 
     monkeypatch.setattr(kernels, "choose_config", small)
+    kernels.TUNABLE.forget()
     size = (along_t, along_s) if channels_last else (along_s, along_t)
     Case((3, 17, *size), stride=(stride, stride), squeeze=True, channels_last=channels_last).run(device)
 

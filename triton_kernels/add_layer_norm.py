@@ -15,16 +15,20 @@ go through one row of partials per program and a second stage in a fixed order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from . import tuned
 from .batch_statistics import sum_partials
 from .channel_tile import multiprocessors
+from .integers import cdiv, is_power_of_2, next_power_of_2
 
 MOST_CHANNELS = 2048
 
@@ -36,6 +40,10 @@ LEAST_ROWS_OF_PARTIALS = 16
 
 # Row numbers that reach this far take 64 bits.
 WIDE_FROM = 2**31 - 1
+
+# What a measured configuration may ask for at most: 32 KiB of fp32, and more programs than any GPU holds at once.
+MOST_ELEMENTS = 8192
+MOST_PROGRAMS_WANTED = 256
 
 
 # ---- pieces of kernels -----------------------------------------------------------------------------------
@@ -228,11 +236,16 @@ def _add_layer_norm_backward_kernel(
 
 @dataclass(frozen=True)
 class RowTile:
-    """A tile of `block_r` rows of `block_c` (a power of two) channels each."""
+    """A tile of `block_r` rows of `block_c` (a power of two) channels each, and who walks such tiles.
+
+    Attributes:
+        programs: programs per multiprocessor that are asked for.
+    """
 
     block_r: int
     block_c: int
     num_warps: int
+    programs: int
 
 
 def row_tile(channels: int, unit: int, reducing: bool, scaled: bool) -> RowTile:
@@ -241,11 +254,53 @@ def row_tile(channels: int, unit: int, reducing: bool, scaled: bool) -> RowTile:
     Half of them where elements are loaded one by one, or where sums (`reducing`) or a layer scale (`scaled`) live
     beside the values; a quarter where many short rows are summed.
     """
-    block_c = triton.next_power_of_2(channels)
+    block_c = next_power_of_2(channels)
     elements = 2048 if unit >= 4 and not (reducing or scaled) else 1024
     if reducing and block_c <= 32:
         elements = 512
-    return RowTile(max(1, elements // block_c), block_c, 8 if reducing and block_c > 1024 else 4)
+    num_warps = 8 if reducing and block_c > 1024 else 4
+    programs = REDUCING_PROGRAMS if reducing else ELEMENTWISE_PROGRAMS
+    return RowTile(max(1, elements // block_c), block_c, num_warps, programs)
+
+
+class Key(NamedTuple):
+    """What a launch configuration depends on besides the GPU; as in row_tile."""
+
+    kernel: str
+    element_bytes: int
+    rows: int
+    channels: int
+    unit: int
+    reducing: bool
+    scaled: bool
+
+
+def _neighbours(key: Key, config: RowTile) -> Iterator[RowTile]:
+    """More or fewer rows, warps and programs; and smaller programs with as many elements per thread."""
+    yield from tuned.halved_and_doubled(config, "block_r", "num_warps", "programs")
+    for factor in (2, 4):
+        if config.block_r >= factor and config.num_warps >= factor:
+            yield replace(
+                config,
+                block_r=config.block_r // factor,
+                num_warps=config.num_warps // factor,
+                programs=config.programs * factor,
+            )
+
+
+def _objection(key: Key, config: RowTile) -> str | None:
+    if config.block_c != next_power_of_2(key.channels):
+        return f"block_c={config.block_c}; for {key.channels} channels it is {next_power_of_2(key.channels)}"
+    if not is_power_of_2(config.block_r):
+        return f"block_r={config.block_r}; it must be a power of two"
+    if config.block_r * config.block_c > MOST_ELEMENTS:
+        return f"block_r={config.block_r} times block_c={config.block_c}; a tile has up to {MOST_ELEMENTS} elements"
+    if config.programs > MOST_PROGRAMS_WANTED:
+        return f"programs={config.programs}; it must be up to {MOST_PROGRAMS_WANTED}"
+    return None
+
+
+TUNABLE = tuned.Tunable("add_layer_norm", Key, RowTile, _neighbours, _objection)
 
 
 def forward(
@@ -281,7 +336,7 @@ def forward(
     mean = rstd = None
     if keep_statistics:
         mean, rstd = (residual.new_empty(residual.shape[:-1], dtype=torch.float32) for _ in range(2))
-    walk = _Walk(residual, (residual, branch), reducing=False, scaled=layer_scale is not None)
+    walk = _Walk("forward", residual, (residual, branch), reducing=False, scaled=layer_scale is not None)
     with torch.cuda.device(norm.device) if norm.is_cuda else nullcontext():
         _add_layer_norm_forward_kernel[(walk.programs,)](
             *walk.tensors,
@@ -333,7 +388,7 @@ def backward(
     scaled = grad_branch is not None and layer_scale is not None
     tensors = (grad_total, grad_norm, total, branch if scaled else None)
     affine_partials = scale_partials = None
-    walk = _Walk(total, tensors, reducing=affine_grads or scaled, scaled=scaled)
+    walk = _Walk("backward", total, tensors, reducing=affine_grads or scaled, scaled=scaled)
     with torch.cuda.device(total.device) if total.is_cuda else nullcontext():
         if affine_grads:
             affine_partials = new_empty((walk.programs, 2 * channels), dtype=torch.float32)
@@ -368,7 +423,7 @@ class _Walk:
         programs: how many programs share the tiles; fewer where each leaves partials (`reducing`).
     """
 
-    def __init__(self, like: torch.Tensor, tensors: tuple, *, reducing: bool, scaled: bool):
+    def __init__(self, kernel: str, like: torch.Tensor, tensors: tuple, *, reducing: bool, scaled: bool):
         self.channels = like.shape[-1]
         self.rows = like.numel() // self.channels
         self.sample_rows = self.rows // like.shape[0]
@@ -376,14 +431,15 @@ class _Walk:
         self.tensors = [tensor for tensor, _ in spaced]
         self.strides = [stride for _, stride in spaced]
         self.unit = next(u for u in (8, 4, 2, 1) if all(size % u == 0 for size in (self.channels, *self.strides)))
-        self.tile = row_tile(self.channels, self.unit, reducing, scaled)
-        self.tiles = triton.cdiv(self.rows, self.tile.block_r)
-        programs = (REDUCING_PROGRAMS if reducing else ELEMENTWISE_PROGRAMS) * multiprocessors(like.device)
+        key = Key(kernel, like.element_size(), self.rows, self.channels, self.unit, reducing, scaled)
+        self.tile = TUNABLE.config(like, key, lambda: row_tile(self.channels, self.unit, reducing, scaled))
+        self.tiles = cdiv(self.rows, self.tile.block_r)
+        programs = self.tile.programs * multiprocessors(like.device)
         if reducing:
-            programs = min(programs, triton.cdiv(self.rows, LEAST_ROWS_OF_PARTIALS))
+            programs = min(programs, cdiv(self.rows, LEAST_ROWS_OF_PARTIALS))
         programs = min(programs, self.tiles)
-        self.tiles_per_program = triton.cdiv(self.tiles, programs)
-        self.programs = triton.cdiv(self.tiles, self.tiles_per_program)
+        self.tiles_per_program = cdiv(self.tiles, programs)
+        self.programs = cdiv(self.tiles, self.tiles_per_program)
 
     def size_arguments(self) -> tuple[int, ...]:
         return self.rows, self.sample_rows, self.tiles, self.tiles_per_program

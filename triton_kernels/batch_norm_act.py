@@ -24,6 +24,7 @@ import triton.language as tl
 from .activation import activation, activation_grad
 from .batch_statistics import MAX_REGISTERS, finalize_statistics, sum_partials
 from .channel_tile import (
+    Launch,
     geometry,
     load_per_channel,
     load_tile,
@@ -34,6 +35,7 @@ from .channel_tile import (
     store_tile,
     sum_per_channel,
     tile_place,
+    tunable,
     zero_tile,
 )
 
@@ -46,6 +48,13 @@ MOST_PROGRAMS = 65535  # on the second axis of a grid
 # 16 elements a thread where one tensor meets a few parameters, 8 where backward holds several tiles at once.
 FORWARD_WARPS = 4
 BACKWARD_WARPS = 8
+
+TUNABLE = tunable("batch_norm_act")
+FORWARD = Launch(TUNABLE, "forward", FORWARD_WARPS, ELEMENTWISE_PROGRAMS)
+PARTIAL_STATISTICS = Launch(TUNABLE, "statistics", FORWARD_WARPS, REDUCING_PROGRAMS)
+BACKWARD_SUMS = Launch(TUNABLE, "backward_sums", BACKWARD_WARPS, REDUCING_PROGRAMS)
+BACKWARD_INPUT = Launch(TUNABLE, "backward_input", BACKWARD_WARPS, ELEMENTWISE_PROGRAMS)
+BACKWARD_INPUT_AND_SUMS = Launch(TUNABLE, "backward_input_and_sums", BACKWARD_WARPS, REDUCING_PROGRAMS)
 
 
 # ---- pieces that the kernels share -----------------------------------------------------------------------
@@ -366,8 +375,8 @@ def forward(
             mean, invstd = finalize_statistics(partials, running_mean, running_var, momentum, eps)
         kind, statistics = _statistics(training, mean, invstd, running_mean, running_var)
         y = new_output(x, x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
-        walked = geometry([x, y, x if residual is None else residual], merge_samples=True)
-        split = walked.split(x.device, ELEMENTWISE_PROGRAMS, MOST_PROGRAMS)
+        walked = geometry([x, y, x if residual is None else residual], FORWARD, merge_samples=True)
+        split = walked.split(x.device, MOST_PROGRAMS)
         _batch_norm_act_forward_kernel[(walked.channel_blocks, split.programs)](
             x,
             y,
@@ -383,15 +392,15 @@ def forward(
             STATISTICS=kind,
             ACT=act,
             WALK=walked.walk,
-            num_warps=FORWARD_WARPS,
+            num_warps=walked.tile.num_warps,
         )
     return y, mean, invstd
 
 
 def _partial_statistics(x: torch.Tensor) -> torch.Tensor:
     """Per-program count, mean, M2 and rounding of the mean, fp32 `[programs, 4, C]`."""
-    walked = geometry([x], merge_samples=True)
-    split = walked.split(x.device, REDUCING_PROGRAMS, MOST_PARTIALS)
+    walked = geometry([x], PARTIAL_STATISTICS, merge_samples=True)
+    split = walked.split(x.device, MOST_PARTIALS)
     partials = x.new_empty((split.programs, 4, x.shape[1]), dtype=torch.float32)
     _batch_norm_statistics_kernel[(walked.channel_blocks, split.programs)](
         x,
@@ -401,7 +410,7 @@ def _partial_statistics(x: torch.Tensor) -> torch.Tensor:
         *walked.size_arguments(),
         *walked.stride_arguments(),
         WALK=walked.walk,
-        num_warps=FORWARD_WARPS,
+        num_warps=walked.tile.num_warps,
         maxnreg=MAX_REGISTERS,
     )
     return partials
@@ -438,11 +447,14 @@ def backward(
 
         grad_x = new_output(x, x.dtype)
         grad_residual = None if residual is None else new_output(residual, residual.dtype)
-        walked = geometry([*walked_inputs, grad_x, grad_x if residual is None else grad_residual], merge_samples=True)
-        if training or (weight is None and bias is None):
-            split = walked.split(x.device, ELEMENTWISE_PROGRAMS, MOST_PROGRAMS)
-        else:
-            split = walked.split(x.device, REDUCING_PROGRAMS, MOST_PARTIALS)
+        sums_too = not (training or (weight is None and bias is None))
+        walked = geometry(
+            [*walked_inputs, grad_x, grad_x if residual is None else grad_residual],
+            BACKWARD_INPUT_AND_SUMS if sums_too else BACKWARD_INPUT,
+            merge_samples=True,
+        )
+        split = walked.split(x.device, MOST_PARTIALS if sums_too else MOST_PROGRAMS)
+        if sums_too:
             partials = x.new_empty((split.programs, 2 * channels), dtype=torch.float32)
         _batch_norm_act_backward_input_kernel[(walked.channel_blocks, split.programs)](
             *inputs,
@@ -460,7 +472,7 @@ def backward(
             STATISTICS=kind,
             ACT=act,
             WALK=walked.walk,
-            num_warps=BACKWARD_WARPS,
+            num_warps=walked.tile.num_warps,
         )
         if partials is not None:
             sum_gx, sum_g = sum_partials(partials).view(2, channels)
@@ -473,8 +485,8 @@ def _backward_sums(inputs, walked_inputs, kind, eps, act) -> torch.Tensor:
     """Sums over the batch of g * normalised and of g, fp32 `[2, C]`."""
     x = walked_inputs[0]
     channels = x.shape[1]
-    walked = geometry(walked_inputs, merge_samples=True)
-    split = walked.split(x.device, REDUCING_PROGRAMS, MOST_PARTIALS)
+    walked = geometry(walked_inputs, BACKWARD_SUMS, merge_samples=True)
+    split = walked.split(x.device, MOST_PARTIALS)
     partials = x.new_empty((split.programs, 2 * channels), dtype=torch.float32)
     _batch_norm_act_backward_sums_kernel[(walked.channel_blocks, split.programs)](
         *inputs,
@@ -487,7 +499,7 @@ def _backward_sums(inputs, walked_inputs, kind, eps, act) -> torch.Tensor:
         STATISTICS=kind,
         ACT=act,
         WALK=walked.walk,
-        num_warps=BACKWARD_WARPS,
+        num_warps=walked.tile.num_warps,
     )
     return sum_partials(partials).view(2, channels)
 
@@ -501,6 +513,3 @@ def _statistics(training, mean, invstd, running_mean, running_var):
 
 def _dense(vector: torch.Tensor | None) -> torch.Tensor | None:
     return vector if vector is None or vector.is_contiguous() else vector.contiguous()
-
-
-# ---- what the kernels can be compiled as -----------------------------------------------------------------

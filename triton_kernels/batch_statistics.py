@@ -6,12 +6,17 @@ fixed order. No atomics: two runs give the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from . import tuned
+from .integers import cdiv, is_power_of_2
 
 
 @triton.jit
@@ -126,10 +131,39 @@ MANY_COLUMNS = ReduceConfig(block_p=64, block_k=64, num_warps=4)
 # The hardware's own limit, named, since ptxas left alone prefers fewer on sm_100 and spills 8 to 16 bytes.
 MAX_REGISTERS = 255
 
+# What a measured configuration may ask for at most.
+MOST_ELEMENTS = 8192
+
 
 def reduce_config(num_partials: int, num_columns: int) -> ReduceConfig:
     """Wide tiles where there are columns enough to fill a GPU with programs, else tall ones."""
     return MANY_COLUMNS if num_columns >= 16384 or num_partials <= 64 else FEW_COLUMNS
+
+
+class Key(NamedTuple):
+    """What a launch configuration depends on besides the GPU: the kernel, and the size of the partials."""
+
+    kernel: str
+    num_partials: int
+    num_columns: int
+
+
+def _neighbours(key: Key, config: ReduceConfig) -> Iterator[ReduceConfig]:
+    """The other shape of tile, and tiles and warps half and twice as many."""
+    yield from (FEW_COLUMNS, MANY_COLUMNS)
+    yield from tuned.halved_and_doubled(config, "block_p", "block_k", "num_warps")
+
+
+def _objection(key: Key, config: ReduceConfig) -> str | None:
+    for name in ("block_p", "block_k"):
+        if not is_power_of_2(getattr(config, name)):
+            return f"{name}={getattr(config, name)}; it must be a power of two"
+    if config.block_p * config.block_k > MOST_ELEMENTS:
+        return f"block_p={config.block_p} times block_k={config.block_k}; a tile has up to {MOST_ELEMENTS} elements"
+    return None
+
+
+TUNABLE = tuned.Tunable("batch_statistics", Key, ReduceConfig, _neighbours, _objection)
 
 
 def finalize_statistics(
@@ -155,11 +189,12 @@ def finalize_statistics(
         mean and invstd, fp32 `[C]`.
     """
     num_partials, rows, channels = partials.shape
-    config = reduce_config(num_partials, channels)
+    key = Key("finalize_statistics", num_partials, channels)
+    config = TUNABLE.config(partials, key, lambda: reduce_config(num_partials, channels))
     mean, invstd = partials.new_empty(channels), partials.new_empty(channels)
     running = [None if t is None else _contiguous(t) for t in (running_mean, running_var)]
     with torch.cuda.device(partials.device) if partials.is_cuda else nullcontext():
-        _finalize_statistics_kernel[(triton.cdiv(channels, config.block_k),)](
+        _finalize_statistics_kernel[(cdiv(channels, config.block_k),)](
             partials,
             mean,
             invstd,
@@ -189,9 +224,10 @@ def sum_partials(partials: torch.Tensor) -> torch.Tensor:
     """Sums fp32 `[P, K]` over P into fp32 `[K]`, in the same order each time."""
     num_partials, columns = partials.shape
     sums = partials.new_empty(columns)
-    config = reduce_config(num_partials, columns)
+    key = Key("sum_partials", num_partials, columns)
+    config = TUNABLE.config(partials, key, lambda: reduce_config(num_partials, columns))
     with torch.cuda.device(partials.device) if partials.is_cuda else nullcontext():
-        _sum_partials_kernel[(triton.cdiv(columns, config.block_k),)](
+        _sum_partials_kernel[(cdiv(columns, config.block_k),)](
             partials,
             sums,
             num_partials,

@@ -11,7 +11,7 @@ vectors. Tiles start at 64-bit offsets; within a tile offsets take 32 bits where
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import layout
+from . import layout, tuned
+from .integers import cdiv, is_power_of_2
 
 
 class Walk(NamedTuple):
@@ -175,31 +176,98 @@ def sum_per_channel(tile, WALK: tl.constexpr):
 
 @dataclass(frozen=True)
 class TileConfig:
-    """A tile of `block_c` channels by `block_p` positions."""
+    """A tile of `block_c` channels by `block_p` positions, and how many warps and programs walk such tiles.
+
+    Attributes:
+        programs: programs per multiprocessor that are asked for.
+    """
 
     block_c: int
     block_p: int
+    num_warps: int
+    programs: int
 
 
-def tile_config(channels: int, positions: int, channels_last: bool, vec: int) -> TileConfig:
-    """The tile whose columns cover the inner size with least waste: up to 64 channels or 1024 pixels.
+class TileKey(NamedTuple):
+    """What a launch configuration depends on besides the GPU; sizes as in Geometry."""
+
+    kernel: str
+    element_bytes: int
+    samples: int
+    channels: int
+    positions: int
+    channels_last: bool
+    vec: int
+
+
+def tile_size(channels: int, positions: int, channels_last: bool, vec: int) -> tuple[int, int]:
+    """(block_c, block_p) whose columns cover the inner size with least waste: up to 64 channels or 1024 pixels.
 
     Elements that must be loaded one by one, each by its own pointer, need many registers: they get half a tile.
     """
     elements = 2048 if vec >= 4 else 1024
     if channels_last:
         block_c = next((c for c in (8, 16, 32) if c >= channels), 64)
-        return TileConfig(block_c, elements // block_c)
+        return block_c, elements // block_c
     if channels == 1:
-        return TileConfig(1, elements)
+        return 1, elements
     block_p = next((p for p in (16, 64, 256) if p >= positions), 1024)
-    return TileConfig(elements // block_p, block_p)
+    return elements // block_p, block_p
+
+
+def _neighbours(key: TileKey, config: TileConfig) -> Iterator[TileConfig]:
+    """Tiles of half and twice the size or of another shape; more or fewer warps and programs."""
+    yield from tuned.halved_and_doubled(config, "block_c", "block_p", "num_warps", "programs")
+    for c, p in ((config.block_c // 2, config.block_p * 2), (config.block_c * 2, config.block_p // 2)):
+        yield replace(config, block_c=c, block_p=p)
+    for factor in (2, 4):  # the same elements per thread in smaller programs, of which there are more
+        yield replace(
+            config,
+            block_p=config.block_p // factor,
+            num_warps=max(1, config.num_warps // factor),
+            programs=config.programs * factor,
+        )
+
+
+def _objection(key: TileKey, config: TileConfig) -> str | None:
+    for name in ("block_c", "block_p"):
+        if not is_power_of_2(getattr(config, name)):
+            return f"{name}={getattr(config, name)}; it must be a power of two"
+    if config.block_c * config.block_p > MOST_ELEMENTS:
+        return f"block_c={config.block_c} times block_p={config.block_p}; a tile has up to {MOST_ELEMENTS} elements"
+    if config.programs > MOST_PROGRAMS_WANTED:
+        return f"programs={config.programs}; it must be up to {MOST_PROGRAMS_WANTED}"
+    return None
+
+
+def tunable(name: str) -> tuned.Tunable:
+    """The launch configurations of a file of kernels that walk tiles."""
+    return tuned.Tunable(name, TileKey, TileConfig, _neighbours, _objection)
+
+
+class Launch(NamedTuple):
+    """A kernel that walks tiles, and what the heuristic gives it.
+
+    Attributes:
+        name: the kernel's, within its file.
+        num_warps: warps per program.
+        programs: programs per multiprocessor that are asked for.
+    """
+
+    tunable: tuned.Tunable
+    name: str
+    num_warps: int
+    programs: int
 
 
 SIZE_ARGUMENTS = ("sample_tiles", "channels", "positions", "width")
 
 # Offsets within a tile that reach this far take 64 bits.
 WIDE_FROM = 2**31 - 1
+
+# What a measured configuration may ask for at most: 32 KiB of fp32, and more programs than any GPU holds at once.
+MOST_ELEMENTS = 8192
+MOST_PROGRAMS_WANTED = 256
 
 
 @dataclass(frozen=True)
@@ -212,6 +280,7 @@ class Geometry:
         channels_last: whether channels are the inner size.
         collapsed: whether every tensor steps from position to position with one stride.
         vec: what divides the inner size and all outer strides (1, 2, 4 or 8).
+        tile: how it is cut.
     """
 
     samples: int
@@ -222,18 +291,15 @@ class Geometry:
     channels_last: bool
     collapsed: bool
     vec: int
-
-    @property
-    def tile(self) -> TileConfig:
-        return tile_config(self.channels, self.positions, self.channels_last, self.vec)
+    tile: TileConfig
 
     @property
     def sample_tiles(self) -> int:
-        return triton.cdiv(self.positions, self.tile.block_p)
+        return cdiv(self.positions, self.tile.block_p)
 
     @property
     def channel_blocks(self) -> int:
-        return triton.cdiv(self.channels, self.tile.block_c)
+        return cdiv(self.channels, self.tile.block_c)
 
     @property
     def walk(self) -> Walk:
@@ -264,12 +330,12 @@ class Geometry:
         """The same walk with its tensors in another order."""
         return replace(self, strides=tuple(self.strides[index] for index in order))
 
-    def split(self, device: torch.device, programs_per_multiprocessor: int, most: int) -> Split:
-        """Cuts each channel block's tiles into runs, enough of them to keep the device busy."""
+    def split(self, device: torch.device, most: int) -> Split:
+        """Cuts each channel block's tiles into runs, enough of them to keep the device busy, and `most` at most."""
         tiles = self.samples * self.sample_tiles
-        wanted = triton.cdiv(programs_per_multiprocessor * multiprocessors(device), self.channel_blocks)
-        tiles_per_program = triton.cdiv(tiles, max(1, min(wanted, most, tiles)))
-        return Split(tiles, tiles_per_program, triton.cdiv(tiles, tiles_per_program))
+        wanted = cdiv(self.tile.programs * multiprocessors(device), self.channel_blocks)
+        tiles_per_program = cdiv(tiles, max(1, min(wanted, most, tiles)))
+        return Split(tiles, tiles_per_program, cdiv(tiles, tiles_per_program))
 
 
 @dataclass(frozen=True)
@@ -308,10 +374,11 @@ def _channels_are_inner(x: torch.Tensor) -> bool:
     return layout.is_channels_last(x) or (x.shape[1] > 1 and x.stride(1) == 1 and x.shape[3] == 1)
 
 
-def geometry(tensors: Sequence[torch.Tensor], *, merge_samples: bool) -> Geometry:
+def geometry(tensors: Sequence[torch.Tensor], launch: Launch, *, merge_samples: bool) -> Geometry:
     """How to walk `tensors`, all [N, C, H, W] of one shape; the first one decides which way tiles lie.
 
     Args:
+        launch: the kernel that will.
         merge_samples: whether positions of several samples may share a tile (in NHWC they then do).
     """
     samples, channels, height, width = tensors[0].shape
@@ -334,7 +401,13 @@ def geometry(tensors: Sequence[torch.Tensor], *, merge_samples: bool) -> Geometr
     inner = channels if channels_last else width
     outer = [step for n, c, h, w in strides for step in ((n, h, w) if channels_last else (n, c, h))]
     vec = next(v for v in (8, 4, 2, 1) if all(size % v == 0 for size in (inner, *outer)))
-    return Geometry(samples, channels, positions, width, tuple(strides), channels_last, collapsed, vec)
+    key = TileKey(launch.name, tensors[0].element_size(), samples, channels, positions, channels_last, vec)
+
+    def heuristic() -> TileConfig:
+        return TileConfig(*tile_size(channels, positions, channels_last, vec), launch.num_warps, launch.programs)
+
+    tile = launch.tunable.config(tensors[0], key, heuristic)
+    return Geometry(samples, channels, positions, width, tuple(strides), channels_last, collapsed, vec, tile)
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int, int, int]:

@@ -10,12 +10,14 @@ The kernels themselves are in depthwise_conv_kernels.py.
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-import triton
 
+from . import tuned
 from .batch_statistics import MAX_REGISTERS, finalize_statistics, sum_partials
 from .depthwise_conv_kernels import (
     AFFINE_ROWS,
@@ -27,12 +29,16 @@ from .depthwise_conv_kernels import (
     _statistics_kernel,
     _weight_grad_kernel,
 )
+from .integers import cdiv, is_power_of_2
 from .layout import is_channels_last, new_output
 
 # ---- launch configuration --------------------------------------------------------------------------------
 
 # Two waves of three programs on each of 132 multiprocessors; below that a program's span of S is halved.
 ENOUGH_PROGRAMS = 768
+
+# Channels that the packed parameters are padded to a multiple of, so that tiles up to this size load them unmasked.
+PACKED_CHANNELS = 128
 
 # Kernels whose programs may sum over several images; in the others each image has its own.
 REDUCING_KERNELS = ("statistics", "conv_grad", "weight_grad")
@@ -62,6 +68,19 @@ class LaunchConfig:
     max_registers: int = MAX_REGISTERS
 
 
+def tile_shapes(channels_last: bool, vector: int, kernel_s: int, warps: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """All (block_t, block_c, num_warps) of as many lanes per thread as `choose_tile` says."""
+    lanes_per_thread = max(vector, 4) if channels_last else 2 if kernel_s <= 9 else 1
+    shapes = []
+    for num_warps in warps:
+        lanes = num_warps * 32 * lanes_per_thread
+        for across in (128, 64, 32, 16):
+            block_t, block_c = (lanes // across, across) if channels_last else (across, lanes // across)
+            if across <= lanes:
+                shapes.append((block_t, block_c, num_warps))
+    return shapes
+
+
 def choose_tile(
     channels_last: bool, vector: int, channels: int, size_t: int, kernel_size: tuple[int, int], stride_t: int
 ) -> tuple[int, int, int]:
@@ -73,22 +92,14 @@ def choose_tile(
     that wastes least: lanes past the last channel or position, and halo rows; larger ones where they waste the same.
     """
     kernel_t, kernel_s = kernel_size
-    lanes_per_thread = max(vector, 4) if channels_last else 2 if kernel_s <= 9 else 1
-    candidates = []
-    for num_warps in (4, 2):
-        lanes = num_warps * 32 * lanes_per_thread
-        for across in (128, 64, 32, 16):
-            block_t, block_c = (lanes // across, across) if channels_last else (across, lanes // across)
-            if across <= lanes:
-                candidates.append((block_t, block_c, num_warps))
 
     def cost(candidate):
         block_t, block_c, _ = candidate
-        t_tiles, c_tiles = triton.cdiv(size_t, block_t), triton.cdiv(channels, block_c)
+        t_tiles, c_tiles = cdiv(size_t, block_t), cdiv(channels, block_c)
         halo = 1 + (t_tiles - 1) * max(kernel_t - stride_t, 0) / (size_t * stride_t)
         return t_tiles * block_t / size_t * (c_tiles * block_c / channels) * halo
 
-    return min(candidates, key=cost)
+    return min(tile_shapes(channels_last, vector, kernel_s, (4, 2)), key=cost)
 
 
 def choose_config(
@@ -133,21 +144,79 @@ def choose_config(
         tile_s = 4
         rows = min(kernel_t, max(1, 9 // kernel_s))
     block_t, block_c, num_warps = choose_tile(channels_last, vector, channels, size_t, kernel_size, stride[0])
-    tiles = triton.cdiv(size_t, block_t) * triton.cdiv(channels, block_c)
+    tiles = cdiv(size_t, block_t) * cdiv(channels, block_c)
     if kernel == "weight_grad":
-        tiles *= triton.cdiv(kernel_t, rows)
+        tiles *= cdiv(kernel_t, rows)
 
-    span = triton.cdiv(size_s, tile_s) * tile_s
-    while span > 2 * tile_s and tiles * triton.cdiv(size_s, span) * batch < ENOUGH_PROGRAMS:
-        span = triton.cdiv(triton.cdiv(span, 2), tile_s) * tile_s
+    span = cdiv(size_s, tile_s) * tile_s
+    while span > 2 * tile_s and tiles * cdiv(size_s, span) * batch < ENOUGH_PROGRAMS:
+        span = cdiv(cdiv(span, 2), tile_s) * tile_s
     images = 1
     if kernel in REDUCING_KERNELS:
-        images = max(1, tiles * triton.cdiv(size_s, span) * batch // ENOUGH_PROGRAMS)
+        images = max(1, tiles * cdiv(size_s, span) * batch // ENOUGH_PROGRAMS)
     # 168 registers make room for 12 warps per multiprocessor, and 3x3 forwards of stride 1 fit in them from Hopper on.
     # The others name the hardware's own limit, since ptxas left alone may prefer 128 and a spill.
     fits = kernel == "forward" and max(kernel_size) <= 3 and max(stride) == 1 and capability >= (9, 0)
     max_registers = 168 if fits else MAX_REGISTERS
     return LaunchConfig(block_t, block_c, tile_s, num_warps, span, images, rows, max_registers)
+
+
+class Key(NamedTuple):
+    """What a launch configuration depends on besides the GPU; as in choose_config."""
+
+    kernel: str
+    element_bytes: int
+    channels_last: bool
+    vector: int
+    batch: int
+    channels: int
+    size_t: int
+    size_s: int
+    kernel_t: int
+    kernel_s: int
+    stride_t: int
+    stride_s: int
+
+
+def _neighbours(key: Key, config: LaunchConfig) -> Iterator[LaunchConfig]:
+    """Other tiles of as many lanes per thread, other columns, and more or fewer programs."""
+    for block_t, block_c, num_warps in tile_shapes(key.channels_last, key.vector, key.kernel_s, (8, 4, 2)):
+        if block_t < 2 * key.size_t and block_c < 2 * max(16, key.channels):
+            yield replace(config, block_t=block_t, block_c=block_c, num_warps=num_warps)
+    unit = key.stride_s if key.kernel == "input_grad" else 1
+    for tile_s in (2, 4, 7, 8):
+        span = cdiv(config.span, tile_s * unit) * tile_s * unit
+        yield replace(config, tile_s=tile_s * unit, span=span)
+    for span in (config.span // 2, config.span * 2):
+        yield replace(config, span=max(1, span // config.tile_s) * config.tile_s)
+    yield from tuned.halved_and_doubled(config, "images", "rows")
+    for max_registers in (128, 168, MAX_REGISTERS):
+        yield replace(config, max_registers=max_registers)
+
+
+def _objection(key: Key, config: LaunchConfig) -> str | None:
+    reducing = key.kernel in REDUCING_KERNELS
+    if not is_power_of_2(config.block_t):
+        return f"block_t={config.block_t}; it must be a power of two"
+    if not is_power_of_2(config.block_c) or config.block_c > PACKED_CHANNELS:
+        return f"block_c={config.block_c}; it must be a power of two up to {PACKED_CHANNELS}"
+    if config.block_t * config.block_c > 8192:
+        return f"block_t={config.block_t} times block_c={config.block_c}; a tile has up to 8192 lanes"
+    if config.tile_s > 16 or (key.kernel == "input_grad" and config.tile_s % key.stride_s):
+        return f"tile_s={config.tile_s}; it must be up to 16, and for input_grad a multiple of the stride"
+    most_span = cdiv(key.size_s, config.tile_s) * config.tile_s
+    if config.span % config.tile_s or config.span > most_span:
+        return f"span={config.span}; it must be a multiple of tile_s={config.tile_s} up to {most_span}"
+    if config.images > (key.batch if reducing else 1):
+        return f"images={config.images}; it must be up to the batch in kernels that reduce, 1 in others"
+    if config.rows > (key.kernel_t if key.kernel == "weight_grad" else 1):
+        return f"rows={config.rows}; it must be up to the kernel's rows in weight_grad, 1 in others"
+    if config.max_registers > MAX_REGISTERS:
+        return f"max_registers={config.max_registers}; it must be up to {MAX_REGISTERS}"
+    return None
+
+
+TUNABLE = tuned.Tunable("depthwise_conv_bn_act", Key, LaunchConfig, _neighbours, _objection)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------
@@ -176,7 +245,7 @@ class _Problem:
             for i in (0, 1)
         )
         self.count = self.batch * self.out[0] * self.out[1]
-        self.packed_stride = triton.cdiv(self.channels, 128) * 128
+        self.packed_stride = cdiv(self.channels, PACKED_CHANNELS) * PACKED_CHANNELS
 
     def ts(self, pair):
         """(height, width) as (T, S)."""
@@ -221,30 +290,45 @@ class _Problem:
             "maxnreg": config.max_registers,
         }
 
+    def heuristic(self, key: Key) -> LaunchConfig:
+        return choose_config(
+            key.kernel,
+            channels_last=key.channels_last,
+            vector=key.vector,
+            batch=key.batch,
+            channels=key.channels,
+            size_t=key.size_t,
+            size_s=key.size_s,
+            kernel_size=(key.kernel_t, key.kernel_s),
+            stride=(key.stride_t, key.stride_s),
+            capability=device_capability(self.x),
+        )
+
     def cut(self, kernel: str) -> "_Cut":
         """How one kernel's work is divided among programs."""
         size_t, size_s = self.ts(self.out)
         if kernel == "input_grad":
             size_t, size_s = self.ts(self.x.shape[2:])
-            size_t = triton.cdiv(size_t, self.stride[self.t])
-        config = choose_config(
+            size_t = cdiv(size_t, self.stride[self.t])
+        key = Key(
             kernel,
-            channels_last=self.channels_last,
-            vector=self.vector(self.x),
-            batch=self.batch,
-            channels=self.channels,
-            size_t=size_t,
-            size_s=size_s,
-            kernel_size=self.ts(self.kernel),
-            stride=self.ts(self.stride),
-            capability=device_capability(self.x),
+            self.x.element_size(),
+            self.channels_last,
+            self.vector(self.x),
+            self.batch,
+            self.channels,
+            size_t,
+            size_s,
+            *self.ts(self.kernel),
+            *self.ts(self.stride),
         )
+        config = TUNABLE.config(self.x, key, lambda: self.heuristic(key))
         return _Cut(
             config,
-            c_tiles=triton.cdiv(self.channels, config.block_c),
-            t_tiles=triton.cdiv(size_t, config.block_t),
-            s_splits=triton.cdiv(size_s, config.span),
-            groups=triton.cdiv(self.batch, config.images) if kernel in REDUCING_KERNELS else self.batch,
+            c_tiles=cdiv(self.channels, config.block_c),
+            t_tiles=cdiv(size_t, config.block_t),
+            s_splits=cdiv(size_s, config.span),
+            groups=cdiv(self.batch, config.images) if kernel in REDUCING_KERNELS else self.batch,
         )
 
 
@@ -280,7 +364,7 @@ def _pack(problem, bias, bn_weight, bn_bias, mean, spread, eps, spread_kind):
     """[kh * kw + 4, packed_stride] fp32 rows: taps in (T, S) order, scale, shift, centre, invstd."""
     weight, (kernel_t, kernel_s) = problem.weight, problem.ts(problem.kernel)
     packed = weight.new_empty((kernel_t * kernel_s + AFFINE_ROWS, problem.packed_stride), dtype=torch.float32)
-    _pack_kernel[(problem.packed_stride // 128,)](
+    _pack_kernel[(problem.packed_stride // PACKED_CHANNELS,)](
         weight,
         bias,
         bn_weight,
@@ -296,7 +380,7 @@ def _pack(problem, bias, bn_weight, bn_bias, mean, spread, eps, spread_kind):
         KERNEL_T=kernel_t,
         KERNEL_S=kernel_s,
         SPREAD=spread_kind,
-        BLOCK_C=128,
+        BLOCK_C=PACKED_CHANNELS,
         num_warps=4,
         maxnreg=MAX_REGISTERS,
     )
@@ -525,7 +609,7 @@ def _input_grad(problem, packed, dz):
 def _weight_grad(problem, dz):
     x, (kernel_t, kernel_s) = problem.x, problem.ts(problem.kernel)
     cut = problem.cut("weight_grad")
-    row_groups = triton.cdiv(kernel_t, cut.config.rows)
+    row_groups = cdiv(kernel_t, cut.config.rows)
     partials = x.new_empty((cut.programs, kernel_t * kernel_s * cut.padded_channels), dtype=torch.float32)
     vector = problem.vector(x, dz)
     _weight_grad_kernel[(row_groups * cut.programs * cut.c_tiles,)](

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from .batch_statistics import MAX_REGISTERS, sum_partials
 from .channel_tile import (
+    Launch,
     flat_samples,
     geometry,
     load_per_channel,
@@ -30,6 +31,7 @@ from .channel_tile import (
     store_tile,
     sum_per_channel,
     tile_place,
+    tunable,
     zero_tile,
 )
 
@@ -39,6 +41,11 @@ REDUCING_PROGRAMS = 12
 MOST_PARTIALS = 1024
 MOST_PROGRAMS = 65535  # on the second axis of a grid
 WARPS = 4
+
+TUNABLE = tunable("drop_path_add")
+FORWARD = Launch(TUNABLE, "forward", WARPS, ELEMENTWISE_PROGRAMS)
+BACKWARD = Launch(TUNABLE, "backward", WARPS, ELEMENTWISE_PROGRAMS)
+BACKWARD_AND_SUMS = Launch(TUNABLE, "backward_and_sums", WARPS, REDUCING_PROGRAMS)
 
 
 @triton.jit
@@ -171,9 +178,9 @@ def forward(
     tensors = [residual, branch, y]
     if layer_scale is None:
         tensors = flat_samples(tensors)
-    walked = geometry(tensors, merge_samples=multiplier is None)
+    walked = geometry(tensors, FORWARD, merge_samples=multiplier is None)
     with torch.cuda.device(y.device) if y.is_cuda else nullcontext():
-        split = walked.split(y.device, ELEMENTWISE_PROGRAMS, MOST_PROGRAMS)
+        split = walked.split(y.device, MOST_PROGRAMS)
         _drop_path_add_forward_kernel[(walked.channel_blocks, split.programs)](
             residual,
             branch,
@@ -185,7 +192,7 @@ def forward(
             *walked.size_arguments(),
             *walked.stride_arguments(),
             WALK=walked.walk,
-            num_warps=WARPS,
+            num_warps=walked.tile.num_warps,
         )
     return y
 
@@ -206,15 +213,13 @@ def backward(
     tensors = [grad_branch, grad_y, grad_branch if layer_scale is None else branch]
     if layer_scale is None:
         tensors = flat_samples(tensors)
-    walked = geometry(tensors, merge_samples=multiplier is None)
+    walked = geometry(tensors, BACKWARD if layer_scale is None else BACKWARD_AND_SUMS, merge_samples=multiplier is None)
     # The kernel takes dy, branch, dbranch; the geometry follows the first, which must be dense.
     walked = walked.reordered(1, 2, 0)
     with torch.cuda.device(grad_y.device) if grad_y.is_cuda else nullcontext():
         partials = None
-        if layer_scale is None:
-            split = walked.split(grad_y.device, ELEMENTWISE_PROGRAMS, MOST_PROGRAMS)
-        else:
-            split = walked.split(grad_y.device, REDUCING_PROGRAMS, MOST_PARTIALS)
+        split = walked.split(grad_y.device, MOST_PROGRAMS if layer_scale is None else MOST_PARTIALS)
+        if layer_scale is not None:
             partials = grad_y.new_empty((split.programs, walked.channels), dtype=torch.float32)
         _drop_path_add_backward_kernel[(walked.channel_blocks, split.programs)](
             grad_y,
@@ -228,7 +233,7 @@ def backward(
             *walked.size_arguments(),
             *walked.stride_arguments(),
             WALK=walked.walk,
-            num_warps=WARPS,
+            num_warps=walked.tile.num_warps,
             maxnreg=MAX_REGISTERS,
         )
         grad_scale = None if layer_scale is None else sum_partials(partials).to(layer_scale.dtype)

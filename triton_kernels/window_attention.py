@@ -12,13 +12,16 @@ would save about a tenth of backward's instructions, but only together with y, w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-import triton
 
+from . import tuned
 from .batch_statistics import MAX_REGISTERS, sum_partials
+from .integers import cdiv, is_power_of_2, next_power_of_2
 from .window_attention_kernels import (
     _expand_bias_kernel,
     _table_grad_kernel,
@@ -37,11 +40,19 @@ MOST_WINDOWS = 8
 THREE_PROGRAMS_REGISTERS = 168
 # Programs per multiprocessor in backward, where each leaves a partial sum of the bias gradient.
 BACKWARD_PROGRAMS = 8
+# What a measured configuration may ask for at most.
+MOST_PROGRAMS_WANTED = 256
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a window is cut: `query_tiles` tiles of `block_q` queries, `key_tiles` of `block_k` keys."""
+    """How a window is cut: `query_tiles` tiles of `block_q` queries, `key_tiles` of `block_k` keys.
+
+    Attributes:
+        block_d: channels of a head, padded to a power of two.
+        max_registers: the compiler's limit per thread.
+        programs: programs per multiprocessor that are asked for before one takes several windows.
+    """
 
     block_q: int
     block_k: int
@@ -50,6 +61,8 @@ class Tile:
     block_d: int
     num_warps: int
     num_stages: int
+    max_registers: int = MAX_REGISTERS
+    programs: int = 1
 
     @property
     def rows(self) -> int:
@@ -70,14 +83,18 @@ class Tile:
 
 
 def _tiles(tokens: int, block_q: int, block_k: int, block_d: int, num_warps: int, num_stages: int = 2) -> Tile:
-    query_tiles, key_tiles = triton.cdiv(tokens, block_q), triton.cdiv(tokens, block_k)
+    query_tiles, key_tiles = cdiv(tokens, block_q), cdiv(tokens, block_k)
     return Tile(block_q, block_k, query_tiles, key_tiles, block_d, num_warps, num_stages)
 
 
 def _row_bytes(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """(head_dim as tiles hold it, bytes of such a row)."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = _padded_head_dim(head_dim)
     return block_d, block_d * dtype.itemsize
+
+
+def _padded_head_dim(head_dim: int) -> int:
+    return max(16, next_power_of_2(head_dim))
 
 
 def forward_tile(tokens: int, head_dim: int, dtype: torch.dtype, vectors: bool = True) -> Tile:
@@ -152,6 +169,67 @@ def _small_tile(tokens: int, block_d: int, row_bytes: int, dtype: torch.dtype, n
     return _tiles(tokens, block, block, block_d, num_warps=num_warps)
 
 
+class Key(NamedTuple):
+    """What a launch configuration depends on besides the GPU; as in forward_tile and backward_tile."""
+
+    kernel: str
+    element_bytes: int
+    windows: int
+    heads: int
+    tokens: int
+    head_dim: int
+    vectors: bool
+    padded: bool
+
+
+def _neighbours(key: Key, config: Tile) -> Iterator[Tile]:
+    """Tiles of half and twice the size, and other warps, stages, registers and programs."""
+
+    def tiles(block_q: int, block_k: int) -> Tile:
+        counts = {"query_tiles": cdiv(key.tokens, block_q), "key_tiles": cdiv(key.tokens, block_k)}
+        return replace(config, block_q=block_q, block_k=block_k, **counts)
+
+    yield tiles(max(16, config.block_q // 2), max(16, config.block_k // 2))
+    yield tiles(config.block_q * 2, config.block_k * 2)
+    if key.kernel == "forward":
+        yield tiles(max(16, config.block_q // 2), config.block_k)
+        yield tiles(config.block_q * 2, config.block_k)
+        yield tiles(config.block_q, max(16, config.block_k // 2))
+        yield tiles(config.block_q, config.block_k * 2)
+    yield from tuned.halved_and_doubled(config, "num_warps", "programs")
+    for num_stages in (1, 2, 3):
+        yield replace(config, num_stages=num_stages)
+    for max_registers in (128, THREE_PROGRAMS_REGISTERS, MAX_REGISTERS):
+        yield replace(config, max_registers=max_registers)
+
+
+def _objection(key: Key, config: Tile) -> str | None:
+    most = max(16, next_power_of_2(key.tokens))
+    for block, count in (("block_q", "query_tiles"), ("block_k", "key_tiles")):
+        size, tiles = getattr(config, block), getattr(config, count)
+        if not is_power_of_2(size) or not 16 <= size <= min(most, 128):
+            return f"{block}={size}; it must be a power of two from 16 to {min(most, 128)}"
+        if tiles != cdiv(key.tokens, size):
+            return f"{count}={tiles}; for {key.tokens} tokens and {block}={size} it is {cdiv(key.tokens, size)}"
+    if config.block_q != config.block_k and (key.kernel == "backward" or config.key_tiles == 1):
+        return (
+            f"block_q={config.block_q} and block_k={config.block_k}; they must be the same in backward, and where one "
+            "tile holds all keys"
+        )
+    if config.block_d != _padded_head_dim(key.head_dim):
+        return f"block_d={config.block_d}; for heads of {key.head_dim} channels it is {_padded_head_dim(key.head_dim)}"
+    if config.num_stages > 4:
+        return f"num_stages={config.num_stages}; it must be up to 4"
+    if config.max_registers > MAX_REGISTERS:
+        return f"max_registers={config.max_registers}; it must be up to {MAX_REGISTERS}"
+    if config.programs > MOST_PROGRAMS_WANTED:
+        return f"programs={config.programs}; it must be up to {MOST_PROGRAMS_WANTED}"
+    return None
+
+
+TUNABLE = tuned.Tunable("window_attention", Key, Tile, _neighbours, _objection)
+
+
 @dataclass(frozen=True)
 class _Map:
     """The windows of a call, as the kernels take them."""
@@ -166,10 +244,13 @@ class _Map:
     def head_dim(self) -> int:
         return self.constants["HEAD_DIM"]
 
+    def key(self, kernel: str, qkv: torch.Tensor, tokens: int, vectors: bool, padded: bool) -> Key:
+        return Key(kernel, qkv.element_size(), self.windows, self.heads, tokens, self.head_dim, vectors, padded)
+
 
 def _map(qkv, num_heads, window_size, shift_size, pad_order) -> _Map:
     batch, height, width, channels = qkv.shape
-    down, across = triton.cdiv(height, window_size[0]), triton.cdiv(width, window_size[1])
+    down, across = cdiv(height, window_size[0]), cdiv(width, window_size[1])
     pad_first = pad_order == "pad_then_shift"
     # Where the map is smaller than the shift, rolling goes round more than once.
     roll = shift_size if pad_first else (shift_size[0] % height, shift_size[1] % width)
@@ -245,13 +326,20 @@ def forward(
         y `[B, H, W, C]`, contiguous, in qkv's dtype; besides it only the bias matrices are allocated.
     """
     walked = _map(qkv, num_heads, window_size, shift_size, pad_order)
-    tile = forward_tile(window_size[0] * window_size[1], walked.head_dim, qkv.dtype, _loads_vectors(qkv))
+    tokens, vectors = window_size[0] * window_size[1], _loads_vectors(qkv)
+
+    def heuristic() -> Tile:
+        tile = forward_tile(tokens, walked.head_dim, qkv.dtype, vectors)
+        registers = _forward_registers(tile, device_capability(qkv))
+        return replace(tile, max_registers=registers, programs=FORWARD_PROGRAMS)
+
+    tile = TUNABLE.config(qkv, walked.key("forward", qkv, tokens, vectors, walked.padded), heuristic)
     y = qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
     with _on_device(qkv):
         bias = _expand_bias(table, window_size, tile)
         programs = num_heads * tile.query_tiles
-        walk = _windows_per_program(qkv.device, walked.windows, programs, FORWARD_PROGRAMS, MOST_WINDOWS)
-        _window_attention_forward_kernel[(triton.cdiv(walked.windows, walk) * programs,)](
+        walk = _windows_per_program(qkv.device, walked.windows, programs, tile.programs, MOST_WINDOWS)
+        _window_attention_forward_kernel[(cdiv(walked.windows, walk) * programs,)](
             qkv,
             bias,
             _fill(qkv, qkv_bias, walked),
@@ -268,7 +356,7 @@ def forward(
             **tile.constants(),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            maxnreg=_forward_registers(tile, device_capability(qkv)),
+            maxnreg=tile.max_registers,
         )
     return y
 
@@ -303,14 +391,14 @@ def backward(
     in its dtype and qkv_bias's, which is that of the padding alone, in fp32.
     """
     walked = _map(qkv, num_heads, window_size, shift_size, pad_order)
-    tile = backward_tile(
-        window_size[0] * window_size[1],
-        walked.head_dim,
-        qkv.dtype,
-        vectors=_loads_vectors(qkv, grad_y),
-        padded=walked.padded and needs_bias_grad,
-        capability=device_capability(qkv),
-    )
+    tokens, vectors = window_size[0] * window_size[1], _loads_vectors(qkv, grad_y)
+    padded = walked.padded and needs_bias_grad
+
+    def heuristic() -> Tile:
+        tile = backward_tile(tokens, walked.head_dim, qkv.dtype, vectors, padded, device_capability(qkv))
+        return replace(tile, programs=BACKWARD_PROGRAMS)
+
+    tile = TUNABLE.config(qkv, walked.key("backward", qkv, tokens, vectors, padded), heuristic)
     grad_qkv = qkv.new_empty(qkv.shape)
     with _on_device(qkv):
         bias = _expand_bias(table, window_size, tile)
@@ -318,13 +406,13 @@ def backward(
         strides = (walked.geometry, grad_y.stride(), qkv.stride())
         grad_strides = grad_qkv.stride()[:3]
         options = {**walked.constants, **tile.constants(), "num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        options["maxnreg"] = MAX_REGISTERS
+        options["maxnreg"] = tile.max_registers
 
         def walk(tiles: int) -> tuple[int, int, int]:
             """(programs, parts that the windows are cut into, windows of a part) where a window has `tiles` tiles."""
             programs = num_heads * tiles
-            each = _windows_per_program(qkv.device, walked.windows, programs, BACKWARD_PROGRAMS, walked.windows)
-            parts = triton.cdiv(walked.windows, each)
+            each = _windows_per_program(qkv.device, walked.windows, programs, tile.programs, walked.windows)
+            parts = cdiv(walked.windows, each)
             return programs * parts, parts, each
 
         def padding_sums(parts: int) -> torch.Tensor | None:
@@ -372,7 +460,7 @@ def _table_grad(partials: torch.Tensor, table: torch.Tensor, window_size: tuple[
     grad_bias = sum_partials(partials.flatten(1)) if parts > 1 else partials
     grad_table = table.new_empty(table.shape)
     block_r = 16
-    _table_grad_kernel[(triton.cdiv(table.shape[0], block_r), heads)](
+    _table_grad_kernel[(cdiv(table.shape[0], block_r), heads)](
         grad_bias,
         grad_table,
         heads,
@@ -381,7 +469,7 @@ def _table_grad(partials: torch.Tensor, table: torch.Tensor, window_size: tuple[
         WINDOW_H=window_size[0],
         WINDOW_W=window_size[1],
         BLOCK_R=block_r,
-        BLOCK=triton.next_power_of_2(window_size[0] * window_size[1]),
+        BLOCK=next_power_of_2(window_size[0] * window_size[1]),
         num_warps=4,
     )
     return grad_table

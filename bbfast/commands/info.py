@@ -7,6 +7,7 @@ import os
 import platform
 from argparse import Namespace
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -17,12 +18,15 @@ import bbfast
 from bbfast import env, extension
 from bbfast.commands._common import print_titled
 from bbfast.ops import _status
+from bbfast.triton_kernels import tuned
 
 PACKAGES = ("triton", "torchvision", "timm")
 # Name, what it means when it is not set, and what raises ValueError where its value is not allowed.
 VARIABLES = (
     ("BBFAST_BACKEND", "auto", env.backend),
     ("BBFAST_STRICT", "0", env.strict),
+    ("BBFAST_TUNED", "1", env.tuned),
+    ("BBFAST_TUNED_DIR", "~/.cache/bbfast/tuned", lambda: None),
     ("TRITON_INTERPRET", "0", lambda: None),
     ("CUDA_VISIBLE_DEVICES", "all", lambda: None),
     ("BBFAST_CUDA", "auto; for the build", lambda: None),
@@ -37,6 +41,7 @@ def run(args: Namespace) -> int:
     _print_pairs(console, "Devices", _devices())
     _print_pairs(console, "Extension bbfast._C", _extension())
     _print_pairs(console, "Environment", _environment())
+    _print_pairs(console, "Launch configurations", _launch_configurations())
     _print_backends(console)
     return 0
 
@@ -108,6 +113,32 @@ def _environment() -> list[tuple[str, str]]:
             text = str(error)
         rows.append((name, text))
     return rows
+
+
+def _launch_configurations() -> list[tuple[str, str]]:
+    """The files of measured ones that launches on the GPUs here take."""
+    gpus = [torch.cuda.get_device_properties(index).name for index in range(torch.cuda.device_count())]
+    try:
+        rows = [
+            (name, f"{_measured(path, name, gpu)}, from {path}")
+            for gpu in dict.fromkeys(gpus)
+            for name in tuned.NAMES
+            for path in tuned.files(name, gpu)
+        ]
+    except ValueError as error:  # BBFAST_TUNED
+        return [("state", str(error))]
+    if rows:
+        return rows
+    why = "BBFAST_TUNED=0" if not env.tuned() else "no GPU" if not gpus else "nothing measured; see `bbfast tune`"
+    return [("state", f"none: heuristics ({why})")]
+
+
+def _measured(path: Path, name: str, gpu: str) -> str:
+    try:
+        entries = tuned.read(path, tuned.tunables()[name], gpu)
+    except (ValueError, ModuleNotFoundError) as error:
+        return f"unusable: {error}"
+    return f"{sum(entry.config is not None for entry in entries)} of {len(entries)} measured better on {gpu}"
 
 
 def _print_backends(console: Console) -> None:
