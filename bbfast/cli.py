@@ -1,4 +1,4 @@
-"""The command `bbfast`: classify photos, list models, sample design spaces, tune kernels, say what runs here, a demo.
+"""The command `bbfast`: classify photos, list and time models, tune kernels, sample design spaces, a demo, and more.
 
 Exit codes: 0 done, 1 something given cannot be used (one line on stderr says what), 2 wrong usage.
 """
@@ -76,9 +76,47 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(demo)
     demo.set_defaults(command=_command("demo"))
 
+    _add_bench(commands.add_parser("bench", help="how quick models are here: eager, compiled, swapped, bbfast"))
     _add_tune(commands.add_parser("tune", help="measure launch configurations of kernels on the GPU at hand"))
     _add_design_space(commands.add_parser("design-space", help="random networks of a design space, and their errors"))
     return parser
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_command("bench"))
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a model of timm, e.g. resnet50")
+    parser.add_argument(
+        "--batch", type=_list_of(_positive), metavar="N,...", help="images per call; default 128, on a CPU 8"
+    )
+    parser.add_argument(
+        "--dtype", type=_list_of(str), metavar="NAME,...", help="bf16, fp16, fp32; default bf16, on a CPU fp32"
+    )
+    parser.add_argument(
+        "--mode", type=_list_of(str), metavar="NAME,...", help="infer, train; default both, on a CPU infer"
+    )
+    parser.add_argument("--image-size", type=_positive, metavar="N", help="pixels; default: the model's own")
+    parser.add_argument(
+        "--providers",
+        type=_list_of(str),
+        metavar="NAME,...",
+        help="what to compare with eager, e.g. 'compile,bbfast'; a wrong name lists them; default all, on a CPU four",
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--rounds", type=_positive, metavar="N", help="measurements of each provider")
+    length.add_argument(
+        "--seconds", type=_seconds, default=5.0, metavar="S", help="for each provider, at least 5 rounds; default 5"
+    )
+    parser.add_argument(
+        "--cuda-graphs",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="replay inference on a GPU from CUDA graphs; default auto: up to batch 16",
+    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="of the CPU; default: as many as torch takes")
+    parser.add_argument("--json", metavar="FILE", help="write everything there, after each case")
+    parser.add_argument("--csv", metavar="FILE", help="write a line per provider and case")
+    parser.add_argument("--plot", metavar="FILE", help="draw the speed-ups: .png, .pdf, .svg; needs matplotlib")
+    _add_device(parser)
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
@@ -153,8 +191,8 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _list_of(kind: Callable) -> Callable[[str], list]:
-    """A list with commas, each part read by `kind`."""
-    return lambda text: [kind(part) for part in text.split(",")]
+    """A list with commas, each part read by `kind`; what stands there twice counts once."""
+    return lambda text: list(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
 
 
 def _one_of(allowed: Sequence[str]) -> Callable[[str], str]:
@@ -186,6 +224,16 @@ def _share(text: str) -> float:
         value = 0.0
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return value
 
 

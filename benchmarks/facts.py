@@ -48,6 +48,7 @@ def facts(device: str | torch.device) -> dict:
         "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
         "tf32_cudnn": torch.backends.cudnn.allow_tf32,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "bbfast_backend": os.environ.get("BBFAST_BACKEND", "auto"),
     }
 
 
