@@ -40,6 +40,15 @@ def test_mobilenetv3_layers(tmp_path):
 
 
 @pytest.mark.slow
+def test_kernels_of_models(tmp_path):
+    """Neither spills nor narrow accesses in anything that the eight models launch."""
+    reports = _check(tmp_path, ["models"], [80, 90, 100])
+    runs = {run for report in reports for run in report["models"]}
+    assert len(runs) == 16
+    assert {report["arch"] for report in reports} == {80, 90, 100}
+
+
+@pytest.mark.slow
 def test_mobilenetv3_layers_on_other_architectures(tmp_path):
     _check_mobilenetv3(_check(tmp_path, ["mobilenetv3"], [80, 100]), [80, 100])
 
@@ -81,7 +90,9 @@ def _check_attention(reports, shapes):
     for report in forwards:
         if report["arch"] == 90:
             assert any(opcode.startswith("HGMMA") for opcode in report["opcodes"]), report
-        assert report["arch"] == 100 or report["per_output"] <= 30, report
+        # Where a program has one window, what it does before the first counts, too.
+        one_window = report["case"].startswith(("attention 14x14", "attention 12x12"))
+        assert report["per_output"] is None or report["per_output"] <= (45 if one_window else 30), report
         # 3C read and C written per token, besides the bias.
         assert report["traffic_bytes"] <= 1.05 * report["least_bytes"] + report["bias_bytes"], report
 
