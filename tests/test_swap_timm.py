@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import parity
 import pytest
 import swap_parity
 import timm
@@ -21,11 +24,11 @@ import bbfast
 SIZE = (40, 56)  # halved to odd maps on the way
 
 # For each name: the blocks that are swapped, by the name of their class; None for all there are.
-V2 = {"BatchNormAct2d": 2, "DepthwiseSeparableConv": None, "InvertedResidual": None}
-V3 = {"BatchNormAct2d": 1, "DepthwiseSeparableConv": None, "InvertedResidual": None, "ConvBnAct": None}
-EDGE = {"BatchNormAct2d": 2, "EdgeResidual": None, "InvertedResidual": None}
+V2 = {"EfficientNet": 1, "DepthwiseSeparableConv": None, "InvertedResidual": None}
+V3 = {"MobileNetV3": 1, "DepthwiseSeparableConv": None, "InvertedResidual": None, "ConvBnAct": None}
+EDGE = {"EfficientNet": 1, "EdgeResidual": None, "InvertedResidual": None}
 MODELS = {
-    "mobilenetv1_100": {"BatchNormAct2d": 1, "DepthwiseSeparableConv": None},
+    "mobilenetv1_100": {"EfficientNet": 1, "DepthwiseSeparableConv": None},
     "mobilenetv2_050": V2,
     "mobilenetv2_110d": V2,
     "mobilenetv3_small_050": V3,
@@ -40,7 +43,8 @@ MODELS = {
     "efficientnet_em": EDGE,
     "tf_efficientnetv2_b0": {**EDGE, "ConvBnAct": None},
     "mobilenetv4_conv_small_050": {
-        "BatchNormAct2d": 2,
+        "MobileNetV3": 1,
+        "BatchNormAct2d": 1,
         "ConvBnAct": None,
         "UniversalInvertedResidual": 12,
         "ConvNormAct": 39 - 12,  # the last one of each block runs with the shortcut
@@ -68,6 +72,44 @@ def test_mobilenetv4_hybrid_reports_its_attention():
     }
     assert len(report.skipped) == 8
     assert sum(row.old.endswith("UniversalInvertedResidual") for row in report.swapped) == 22
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientnet_lite0"])
+def test_methods_other_than_forward(name):
+    model = swap_parity.randomise(timm.create_model(name, num_classes=7)).double().eval()
+    x = torch.randn(2, 3, *SIZE, dtype=torch.float64)
+
+    def results():
+        features, intermediates = model.forward_intermediates(x)
+        return [features, *intermediates, model.forward_features(x), model.forward_head(model.forward_features(x))]
+
+    with torch.no_grad():
+        before = results()
+        bbfast.swap(model)
+        for ours, theirs in zip(results(), before, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientnet_lite0"])
+def test_checkpointing_and_features_of_ones_own(name):
+    model = swap_parity.randomise(timm.create_model(name, num_classes=7)).double().eval()
+    model.set_grad_checkpointing()
+    swapped = copy.deepcopy(model)
+    bbfast.swap(swapped)
+    x, grad_out = torch.randn(3, 3, *SIZE), torch.randn(3, 7)
+    parity.assert_equal_to_nine_digits(
+        parity.training_step(swapped, x, grad_out), parity.training_step(model, x, grad_out)
+    )
+
+    with torch.no_grad():
+        zeros = torch.zeros(2, model.num_features, 1, 1).double()
+        swapped.forward_features = lambda x: zeros
+        torch.testing.assert_close(swapped(x.double()), model.forward_head(zeros))
+        swapped.forward_features = model.forward_features
+    bbfast.restore(swapped)
+    assert [row.reason for row in bbfast.plan(swapped).skipped] == [
+        "it has a forward_features of its own (somebody replaced it on the instance)"
+    ]
 
 
 # ---- blocks that few models have ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""timm's MobileNetV2, MobileNetV3 and EfficientNet blocks."""
+"""timm's MobileNetV2, MobileNetV3 and EfficientNet: their blocks, and the stems of the models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from timm.models._efficientnet_blocks import (
     SqueezeExcite,
     UniversalInvertedResidual,
 )
+from timm.models._manipulate import checkpoint_seq
 from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3, MobileNetV3Features
 from torch import nn
@@ -170,13 +171,44 @@ unsupported(
 # Before 1.0.12 or so it stood there.
 of_other_releases("timm.models._efficientnet_blocks.LayerScale2d.forward")
 
-# ---- where whole models have a BatchNorm behind a convolution ----------------------------------------------
+# ---- the models --------------------------------------------------------------------------------------------
 
-for cls, pairs in (
-    (EfficientNet, (("conv_stem", "bn1"), ("conv_head", "bn2"))),
-    (EfficientNetFeatures, (("conv_stem", "bn1"),)),
-    (MobileNetV3, (("conv_stem", "bn1"),)),
-    (MobileNetV3Features, (("conv_stem", "bn1"),)),
-):
-    reads = (f"{cls.__module__}.{cls.__qualname__}.forward_features",) if hasattr(cls, "forward_features") else ()
-    foldable(cls, lambda model, pairs=pairs: pairs, relies_on=reads)
+
+class _WithStem(Fast):
+    """What both models share: in forward, what stands before and behind the blocks; other methods are timm's."""
+
+    @classmethod
+    def objections(cls, block):
+        if "forward_features" in block.__dict__:
+            return ["it has a forward_features of its own (somebody replaced it on the instance)"]
+        return []
+
+    def _features(self, x: torch.Tensor) -> torch.Tensor:
+        x = conv_norm_act(x, self.conv_stem, self.bn1)
+        return checkpoint_seq(self.blocks, x, flatten=True) if self.grad_checkpointing else self.blocks(x)
+
+
+@register
+class FastMobileNetV3(_WithStem, MobileNetV3):
+    """In forward the stem's convolution, BatchNorm and activation are one op."""
+
+    lends = ("conv_stem", "bn1")
+    relies_on = ("timm.models.mobilenetv3.MobileNetV3.forward_features",)
+
+    def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self._features(x))
+
+
+@register
+class FastEfficientNet(_WithStem, EfficientNet):
+    """In forward the stem's convolution, BatchNorm and activation are one op, and so are the head's."""
+
+    lends = ("conv_stem", "bn1", "conv_head", "bn2")
+    relies_on = ("timm.models.efficientnet.EfficientNet.forward_features",)
+
+    def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(conv_norm_act(self._features(x), self.conv_head, self.bn2))
+
+
+for cls in (EfficientNetFeatures, MobileNetV3Features):
+    foldable(cls, lambda model: (("conv_stem", "bn1"),))
