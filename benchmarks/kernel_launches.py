@@ -119,23 +119,36 @@ class Launch:
         return signature, constants, attributes
 
 
-class _Recorder:
-    """Stands in for a kernel and notes its launches."""
+# Takes a kernel's function, the programs of the grid, the parameters' values and the compiler's options, by name.
+OnLaunch = Callable[[Callable, int, dict[str, object], dict[str, int]], None]
 
-    def __init__(self, kernel: JITFunction, launches: list[Launch]):
-        self.kernel, self.launches = kernel, launches
+
+class _Recorder:
+    """Stands in for a kernel and tells of its launches."""
+
+    def __init__(self, kernel: JITFunction, on_launch: OnLaunch):
+        self.kernel, self.on_launch = kernel, on_launch
 
     def __getitem__(self, grid):
         def record(*args, **kwargs):
-            options = tuple((name, kwargs.pop(name)) for name in COMPILER_OPTIONS if name in kwargs)
+            options = {name: kwargs.pop(name) for name in COMPILER_OPTIONS if name in kwargs}
             values = {p.name: p.default for p in self.kernel.params}
             values |= dict(zip(values, args)) | kwargs
             programs = math.prod(grid(values) if callable(grid) else grid)
-            arguments = tuple((name, _noted(value)) for name, value in values.items())
-            function = self.kernel.fn
-            self.launches.append(Launch(function.__module__, function.__name__, programs, arguments, options))
+            self.on_launch(self.kernel.fn, programs, values, options)
 
         return record
+
+
+@contextlib.contextmanager
+def told_launches(on_launch: OnLaunch) -> Iterator[None]:
+    """Inside, no kernel is launched: `on_launch` is told instead."""
+    with contextlib.ExitStack() as stack:
+        for module in MODULES:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                    stack.enter_context(mock.patch.object(module, name, _Recorder(value, on_launch)))
+        yield
 
 
 def _noted(value):
@@ -168,11 +181,11 @@ def stand_in_gpu(arch: int, gpu: str = NO_NAME) -> Iterator[None]:
 def recorded_launches(run: Callable[[], None], arch: int, gpu: str = NO_NAME) -> list[Launch]:
     """What `run`, which may use `cuda` as if there were one, launches on a GPU of compute capability `arch`."""
     launches: list[Launch] = []
-    with contextlib.ExitStack() as stack:
-        for module in MODULES:
-            for name, value in list(vars(module).items()):
-                if isinstance(value, JITFunction) and name.endswith("_kernel"):
-                    stack.enter_context(mock.patch.object(module, name, _Recorder(value, launches)))
-        stack.enter_context(stand_in_gpu(arch, gpu))
+
+    def note(function, programs, values, options):
+        arguments = tuple((name, _noted(value)) for name, value in values.items())
+        launches.append(Launch(function.__module__, function.__name__, programs, arguments, tuple(options.items())))
+
+    with told_launches(note), stand_in_gpu(arch, gpu):
         run()
     return launches
