@@ -40,6 +40,15 @@ def test_mobilenetv3_layers(tmp_path):
 
 
 @pytest.mark.slow
+def test_kernels_of_models(tmp_path):
+    """Neither spills nor narrow accesses in anything that the eight models launch."""
+    reports = _check(tmp_path, ["models"], [80, 90, 100])
+    runs = {run for report in reports for run in report["models"]}
+    assert len(runs) == 16
+    assert {report["arch"] for report in reports} == {80, 90, 100}
+
+
+@pytest.mark.slow
 def test_mobilenetv3_layers_on_other_architectures(tmp_path):
     _check_mobilenetv3(_check(tmp_path, ["mobilenetv3"], [80, 100]), [80, 100])
 
