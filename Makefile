@@ -30,9 +30,11 @@ bench: $(VENV)/.dev-installed
 	$(RUN) benchmarks/bench_models.py --model mobilenetv3_large_100
 	$(RUN) benchmarks/bench_models.py --model swin_tiny_patch4_window7_224
 
-# Compiles kernels for GPUs that need not be here, which Triton's interpreter would prevent.
+# Compiles kernels for GPUs that need not be here, which Triton's interpreter would prevent. `make kernels ARCH=90` takes
+# one architecture instead of three; Triton's cache makes the second time quick.
+ARCH ?= 80 90 100
 kernels: $(VENV)/.dev-installed
-	env -u TRITON_INTERPRET $(RUN) -m bbfast.benchmarks.kernels
+	env -u TRITON_INTERPRET $(RUN) -m bbfast.benchmarks.kernels --arch $(ARCH) --check
 
 # For a machine that has a GPU, torch and pytest, and perhaps no network: builds into build/gpu with the system's
 # Python, installs nothing, tests and measures, and leaves its results under benchmarks/results.
