@@ -16,8 +16,9 @@ from bbfast.benchmarks.sass import Function, Loop, access_bytes, global_accesses
 
 SECTOR_BYTES = 32
 VECTOR_BYTES = 16
-# Parameters that kernels write, of those that are as large as what they read.
-WRITTEN = {"y_ptr", "grad_x_ptr", "grad_residual_ptr", "grad_branch_ptr", "total_ptr", "norm_ptr"}
+# Parameters that kernels write, of those that are as large as what they read; backward reads the sum.
+WRITTEN = {"y_ptr", "grad_x_ptr", "grad_residual_ptr", "grad_branch_ptr", "norm_ptr"}
+WRITTEN_FORWARD = {*WRITTEN, "total_ptr"}
 
 
 @dataclass
@@ -94,11 +95,12 @@ def _missing_vectors(launch: Launch, region, unit: int, elements_per_thread: flo
     """Whether a tile of each large tensor moves in accesses of 16 bytes where `unit` elements lie side by side."""
     claimed = {"load": 0.0, "store": 0.0}
     size = max(tensor.numel for tensor in launch.tensors.values())
+    written = WRITTEN_FORWARD if "_forward_" in launch.name else WRITTEN
     for name, tensor in launch.tensors.items():
         dense = 1 in tensor.stride
         wide = min(unit, elements_per_thread) * tensor.dtype.itemsize >= VECTOR_BYTES
         if tensor.numel == size and dense and wide:
-            claimed["store" if name in WRITTEN else "load"] += elements_per_thread * tensor.dtype.itemsize
+            claimed["store" if name in written else "load"] += elements_per_thread * tensor.dtype.itemsize
     found = global_accesses(region)
     return [
         f"{found.get(f'{which} {VECTOR_BYTES}', 0)} of {wanted / VECTOR_BYTES:g} 16-byte {which}s"
