@@ -235,7 +235,8 @@ def _attention(work: Work, launch: Launch, function: Function, threads: int, arc
         work.per_output = body * threads / (values["BLOCK_Q"] * values["BLOCK_K"])
         work.lane_instructions = threads * (launch.programs * outside + windows * body)
     elif arch < 100 and function.loops:
-        *inner, outer = sorted(loop.length for loop in function.loops)
+        inner = sorted(loop.length for loop in function.loops)
+        outer = inner.pop() if values["windows_per_program"] > 1 else len(function.opcodes)
         part = name.split("_", 2)[2].removesuffix("_kernel")
         walked = {"key_grad": values["QUERY_TILES"], "bias_grad": 1}.get(part, values["KEY_TILES"])
         per_thread = walked * values["BLOCK_Q"] * values["BLOCK_K"] / threads

@@ -90,7 +90,9 @@ def _check_attention(reports, shapes):
     for report in forwards:
         if report["arch"] == 90:
             assert any(opcode.startswith("HGMMA") for opcode in report["opcodes"]), report
-        assert report["arch"] == 100 or report["per_output"] <= 30, report
+        # Where a program has one window, what it does before the first counts, too.
+        one_window = report["case"].startswith(("attention 14x14", "attention 12x12"))
+        assert report["per_output"] is None or report["per_output"] <= (45 if one_window else 30), report
         # 3C read and C written per token, besides the bias.
         assert report["traffic_bytes"] <= 1.05 * report["least_bytes"] + report["bias_bytes"], report
 
