@@ -173,9 +173,10 @@ def report(use: Use, compiled: Compiled, arch: int) -> Report:
 
 def model_reports(arch: int, gpu: str, texts: Sequence[str]) -> tuple[list[Report], list[dict]]:
     """The kernels of the models, and what all launches of each model come to."""
-    runs = {f"{model} {mode}": (model, mode, arch, gpu) for model in MODELS for mode in MODES}
-    recorded = in_processes(model_launches, list(runs.values()), f"recording launches for sm_{arch}")
-    launches = dict(zip(runs, recorded))
+    runs = [(model, mode) for model in MODELS for mode in MODES]
+    # In this process: torch's operators may wait for ever in a forked one.
+    shown = track(runs, f"recording for sm_{arch}", console=Console(stderr=True), disable=not sys.stderr.isatty())
+    launches = {f"{model} {mode}": model_launches(model, mode, arch, gpu) for model, mode in shown}
     uses = model_uses(launches, texts)
     compiled = compile_all([use.launch for use in uses], arch)
     rows = [report(use, compiled[use.launch.compilation], arch) for use in uses]
