@@ -1,4 +1,4 @@
-"""What torch.compile would run for a module on an H100: the plan of Inductor's own scheduler; no kernel is built or run.
+"""What torch.compile would run for a module on an H100: the plan of Inductor's own scheduler. No kernel is built.
 
 compile_fx traces, decomposes, lowers and fuses as ever; where it would start to write code, the scheduler's nodes are
 read instead. Their bytes are Inductor's own estimate: each buffer that a kernel reads or writes, once.
@@ -79,6 +79,11 @@ def kernels_of_node(node: BaseSchedulerNode) -> list[Kernel]:
     op = node.node.op_overload
     if op is not None and op.namespace == "bbfast":
         return _kernels_of_ours(node.node)
+    if op is torch.ops.aten.convolution.default:
+        x, weight, y = (_size(tensor) for tensor in (*node.node.inputs[:2], node.node))
+        flops, on_tensor_cores = convolution_flops(x[1], weight, y)
+        name = "convolution" if on_tensor_cores else "depthwise convolution"
+        return [Kernel(name, node.get_read_write_buffers_sizes(), flops, on_tensor_cores)]
     origin = node.node.get_origin_node()
     if origin is None or not isinstance(origin.target, torch._ops.OpOverload):
         return [Kernel(f"extern: {op or node.node.python_kernel_name}", node.get_read_write_buffers_sizes())]
@@ -86,12 +91,12 @@ def kernels_of_node(node: BaseSchedulerNode) -> list[Kernel]:
     packet = origin.target._overloadpacket
     if packet is torch.ops.aten.convolution_backward:
         return kernels_of_aten(origin.target, args, kwargs, result)
-    if packet is torch.ops.aten.convolution:
-        flops, on_tensor_cores = convolution_flops(args[0].shape[1], args[1].shape, result.shape)
-        name = "convolution" if on_tensor_cores else "depthwise convolution"
-        return [Kernel(name, node.get_read_write_buffers_sizes(), flops, on_tensor_cores)]
     flops = product_flops(origin.target, args, kwargs, result)
     return [Kernel(packet.__name__, node.get_read_write_buffers_sizes(), flops)]
+
+
+def _size(tensor: ir.IRNode) -> tuple[int, ...]:
+    return V.graph.sizevars.optimization_hints(tensor.get_size())
 
 
 def _origins(node: BaseSchedulerNode) -> str:
@@ -109,10 +114,8 @@ def _kernels_of_ours(kernel: ir.FallbackKernel) -> list[Kernel]:
     """One of bbfast's ops on tensors laid out as Inductor will hand them over."""
 
     def fake(tensor: ir.IRNode) -> torch.Tensor:
-        size, stride = (
-            V.graph.sizevars.optimization_hints(values) for values in (tensor.get_size(), tensor.get_stride())
-        )
-        return torch.empty_strided(size, stride, dtype=tensor.get_dtype(), device=tensor.get_device())
+        stride = V.graph.sizevars.optimization_hints(tensor.get_stride())
+        return torch.empty_strided(_size(tensor), stride, dtype=tensor.get_dtype(), device=tensor.get_device())
 
     with V.fake_mode, torch.no_grad():
         tensors = [fake(tensor) for tensor in kernel.inputs]

@@ -118,7 +118,7 @@ def _is_transformer(model: str) -> bool:
 
 def plans(cases: Iterable[tuple[str, str]], batch: int, dtype: str, workers: int) -> Iterable[Plan]:
     """Plans of (model, provider) cases in their order, each in a process of its own, `workers` at a time."""
-    # A process for each plan, since torch remembers the H100; the server that they are forked from has imported torch.
+    # A process for each plan, since torch remembers the H100. The server that they are forked from imports torch once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["timm", "bbfast.swap", "bbfast.benchmarks.inductor_plan", "torch._inductor.lowering"]

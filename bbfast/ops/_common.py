@@ -256,6 +256,16 @@ def needs_grad(*tensors) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
+def compiler_fuses(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether torch.compile traces inference on a GPU, where Inductor fuses an elementwise op with its neighbours.
+
+    Such an op should then run its reference in the open: the fused kernel moves no more than the op's own would, and
+    less where two of them meet, as in the sum of ResNet's branch and shortcut. A graph without gradients only, since
+    compiled gradients would keep more than those of the op.
+    """
+    return torch.compiler.is_compiling() and x.is_cuda and not needs_grad(x, *others)
+
+
 def as_output(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """`y` with the strides that `new_output(x, y.shape)` has, copied only where they differ."""
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format

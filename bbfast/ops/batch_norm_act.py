@@ -232,7 +232,8 @@ def batch_norm_act(
         and the activation. The variance is summed around the data's own mean, so a large mean beside a small
         deviation costs no digits. The biased variance normalises, the unbiased one enters running_var. Autocast
         changes nothing, as for torch's batch_norm. Backward keeps x (and the residual) and computes the normalised
-        value again; gradients of x, weight, bias and residual are deterministic and once differentiable.
+        value again; gradients of x, weight, bias and residual are deterministic and once differentiable. In inference
+        compiled for a GPU this is torch's batch_norm, addition and activation, which Inductor fuses with what is next.
     """
     _check(x, weight, bias, residual, running_mean, running_var, training, momentum, eps, act)
     if training:
@@ -240,7 +241,7 @@ def batch_norm_act(
     shape = x.shape
     x, residual = _as_maps(x), None if residual is None else _as_maps(residual)
     tensors = (x, weight, bias, residual)
-    if dispatch.wants_plain_torch():
+    if dispatch.wants_plain_torch() or (not training and _common.compiler_fuses(*tensors)):
         y, _, _ = reference(*tensors, running_mean, running_var, training, momentum, eps, act)
         y = in_format_of(x, y)
     elif _common.needs_grad(*tensors):
