@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -145,7 +146,9 @@ def results(done: list[Plan], measured_on: dict) -> dict:
         case = {"model": found.model, "provider": found.provider, "mode": "infer", "image_size": IMAGE_SIZE}
         baseline = _baseline(found, done)
         ratio = baseline.floor_ms / found.floor_ms if baseline else None
-        kernels = [asdict(kernel) | {"floor_ms": kernel.floor_ms} for kernel in found.kernels]
+        # Equal kernels once, in the order in which they first run.
+        counts = Counter(found.kernels).items()
+        kernels = [asdict(kernel) | {"floor_ms": kernel.floor_ms, "times": times} for kernel, times in counts]
         case |= {"batch": found.batch, "dtype": found.dtype}
         rows.append({**case, **sums, "speedup_over_compile": ratio, "list": kernels})
     return {"facts": measured_on, "results": rows}

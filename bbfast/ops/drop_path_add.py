@@ -188,7 +188,8 @@ def drop_path_add(
         give equal results, under activation checkpointing too. Products and sum are float32 and rounded once. A
         dropped sample is its residual exactly, also where the branch holds NaN or infinity (0 * NaN in timm), and
         gives branch and layer_scale no gradient. Gradients are deterministic and once differentiable. Without
-        anything to drop or scale this is `residual + branch`.
+        anything to drop or scale this is `residual + branch`. In inference compiled for a GPU it is written out in
+        torch, and Inductor fuses it with what is next.
     """
     _check(residual, branch, layer_scale, channel_dim, mask)
     check_drop(drop_prob, training, scale_by_keep)
@@ -198,7 +199,7 @@ def drop_path_add(
 
     channels_inner = channel_dim != 1
     tensors = (_as_maps(residual, channels_inner), _as_maps(branch, channels_inner), multiplier, layer_scale)
-    if dispatch.wants_plain_torch():
+    if dispatch.wants_plain_torch() or _common.compiler_fuses(residual, branch, layer_scale):
         y = in_format_of(tensors[0], reference(*tensors))
     elif _common.needs_grad(residual, branch, layer_scale):
         y = _DropPathAdd.apply(*tensors)
