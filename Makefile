@@ -10,7 +10,7 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --constraint constraint
 # What the extension and the metadata are made of: a change to one of them installs anew.
 BUILT_FROM := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-thorough lint bench kernels gpu gpu-quick clean
+.PHONY: demo test test-thorough lint bench kernels traffic gpu gpu-quick clean
 
 demo: $(VENV)/.demo-installed
 	$(VENV)/bin/bbfast demo
@@ -33,6 +33,10 @@ bench: $(VENV)/.dev-installed
 # Compiles kernels for GPUs that need not be here, which Triton's interpreter would prevent.
 kernels: $(VENV)/.dev-installed
 	env -u TRITON_INTERPRET $(RUN) -m bbfast.benchmarks.kernels
+
+# Plans whole models for an H100 that need not be here: minutes of one core for each.
+traffic: $(VENV)/.dev-installed
+	env -u TRITON_INTERPRET $(RUN) -m bbfast.benchmarks.traffic
 
 # For a machine that has a GPU, torch and pytest, and perhaps no network: builds into build/gpu with the system's
 # Python, installs nothing, tests and measures, and leaves its results under benchmarks/results.
