@@ -182,6 +182,7 @@ def test_the_json_of_one_small_case(tmp_path):
     output = tmp_path / "ops.json"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
+    environment.pop("PYTEST_XDIST_WORKER", None)  # as a worker of xdist's pytest-benchmark measures nothing
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--benchmark-json={output}"]
     chosen = "convnext_tiny-3-forward and (eager or bbfast)"
     command += [str(ROOT / "benchmarks" / "bench_drop_path_add.py"), "-k", chosen]
