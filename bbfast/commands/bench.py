@@ -30,6 +30,8 @@ from bbfast.commands._common import (
     progress_bar,
 )
 
+# Of a pipe's or file's lines, where numbers must not be cut.
+WIDTH_OF_FILES = 130
 VARIABLES = ("BBFAST_BACKEND", "BBFAST_STRICT", "TRITON_INTERPRET")
 # What is measured where nothing is asked for: on a CPU what ends while one looks on.
 DEFAULTS = {
@@ -49,7 +51,7 @@ def run(args: Namespace) -> int:
     wanted = [name for name in models.PROVIDERS if name == "eager" or name in wanted]  # eager is what all compare with
     left_out = {name: models.left_out(name, wanted) for name in args.models}
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
     found = machine.facts(device)
     _print_heading(console, found, device, len(cases), left_out)
     results = []
@@ -183,7 +185,7 @@ def _short_facts(found: dict, device: torch.device) -> str:
 
 
 def _print_result(console: Console, case, result: dict) -> None:
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("provider", no_wrap=True)
     for name in ("images/s", "p20 ms", "p50 ms", "p80 ms", "peak MiB", "speed-up", "max error"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from bbfast import env
 from bbfast.reference.activation import ACTIVATIONS
 from bbfast.triton_kernels.layout import is_channels_last, new_output
 
@@ -257,13 +258,14 @@ def needs_grad(*tensors) -> bool:
 
 
 def compiler_fuses(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether torch.compile traces inference on a GPU, where Inductor fuses an elementwise op with its neighbours.
+    """Whether torch.compile traces inference, where Inductor fuses an elementwise op with its neighbours.
 
     Such an op should then run its reference in the open: the fused kernel moves no more than the op's own would, and
-    less where two of them meet, as in the sum of ResNet's branch and shortcut. A graph without gradients only, since
-    compiled gradients would keep more than those of the op.
+    less where two of them meet, as in the sum of ResNet's branch and shortcut; on a CPU the op has no kernel at all. A
+    graph without gradients only, since compiled gradients would keep more than those of the op. Triton's interpreter
+    is there to run kernels.
     """
-    return torch.compiler.is_compiling() and x.is_cuda and not needs_grad(x, *others)
+    return torch.compiler.is_compiling() and not env.TRITON_INTERPRET and not needs_grad(x, *others)
 
 
 def as_output(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -306,6 +306,7 @@ def add_layer_norm(
         sum, as in `x = x + drop_path(branch); y = norm(x)`; its mean and (biased) variance are float32, the
         variance taken around the mean. Gradients are deterministic and once differentiable; the gradients of both
         outputs are added in float32 and rounded once. More than 2048 channels run on the reference.
+        Inference compiled for a CPU is left to Inductor.
     """
     _check(residual, branch, weight, bias, layer_scale, mask, eps)
     check_drop(drop_prob, training, scale_by_keep)
@@ -314,7 +315,9 @@ def add_layer_norm(
         multiplier = sample_multiplier(branch, layer_scale, drop_prob, training, scale_by_keep, mask)
     norm_dtype = _norm_dtype(residual.device.type, _total_dtype(residual, branch, layer_scale))
     args = (residual, branch, multiplier, layer_scale, weight, bias, float(eps), norm_dtype)
-    if dispatch.wants_plain_torch():
+    # Not on a GPU: there Inductor splits the norm into two kernels.
+    left_to_compiler = residual.is_cpu and _common.compiler_fuses(residual, branch, layer_scale, weight, bias)
+    if dispatch.wants_plain_torch() or left_to_compiler:
         total, norm, _, _ = reference(*args)
         return (residual if branch is None else total.contiguous()), norm.contiguous()
     if _common.needs_grad(residual, branch, layer_scale, weight, bias):

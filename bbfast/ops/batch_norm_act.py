@@ -15,8 +15,8 @@ from bbfast.reference.batch_norm_act import batch_norm_act_backward as reference
 
 OP = "batch_norm_act"
 
-# Activations that Inductor may fuse with BatchNorm where it can do without the kernel. The others read their argument
-# twice: where the result goes to several readers, Inductor writes what is before and what is after the activation.
+# Activations that Inductor may fuse with BatchNorm on a GPU, where there is the kernel, too. The others read their
+# argument twice: where the result goes to several readers, Inductor writes what is before and after the activation.
 FUSED_BY_COMPILER = ("identity", "relu", "relu6")
 
 
@@ -236,9 +236,9 @@ def batch_norm_act(
         and the activation. The variance is summed around the data's own mean, so a large mean beside a small
         deviation costs no digits. The biased variance normalises, the unbiased one enters running_var. Autocast
         changes nothing, as for torch's batch_norm. Backward keeps x (and the residual) and computes the normalised
-        value again; gradients of x, weight, bias and residual are deterministic and once differentiable. In inference
-        compiled for a GPU, identity, relu and relu6 are left to Inductor, which fuses torch's batch_norm, addition and
-        activation with what is next.
+        value again; gradients of x, weight, bias and residual are deterministic and once differentiable. Compiled
+        inference is left to Inductor, which fuses torch's batch_norm, addition and activation with what is next; on a
+        GPU only with identity, relu and relu6.
     """
     _check(x, weight, bias, residual, running_mean, running_var, training, momentum, eps, act)
     if training:
@@ -246,8 +246,8 @@ def batch_norm_act(
     shape = x.shape
     x, residual = _as_maps(x), None if residual is None else _as_maps(residual)
     tensors = (x, weight, bias, residual)
-    in_the_open = not training and act in FUSED_BY_COMPILER and _common.compiler_fuses(*tensors)
-    if dispatch.wants_plain_torch() or in_the_open:
+    left_to_compiler = not training and (x.is_cpu or act in FUSED_BY_COMPILER) and _common.compiler_fuses(*tensors)
+    if dispatch.wants_plain_torch() or left_to_compiler:
         y, _, _ = reference(*tensors, running_mean, running_var, training, momentum, eps, act)
         y = in_format_of(x, y)
     elif _common.needs_grad(*tensors):

@@ -188,8 +188,8 @@ def drop_path_add(
         give equal results, under activation checkpointing too. Products and sum are float32 and rounded once. A
         dropped sample is its residual exactly, also where the branch holds NaN or infinity (0 * NaN in timm), and
         gives branch and layer_scale no gradient. Gradients are deterministic and once differentiable. Without
-        anything to drop or scale this is `residual + branch`. In inference compiled for a GPU it is written out in
-        torch, and Inductor fuses it with what is next.
+        anything to drop or scale this is `residual + branch`. In compiled inference it is written out in torch,
+        and Inductor fuses it with what is next.
     """
     _check(residual, branch, layer_scale, channel_dim, mask)
     check_drop(drop_prob, training, scale_by_keep)
