@@ -9,6 +9,7 @@ one first.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -63,9 +64,25 @@ No results folder is committed yet. The older CPU results in `benchmarks/results
 """
 
 
-def page(folders: list[Results]) -> str:
-    """The whole text of performance.md."""
-    lines = [METHOD, "## Results", ""]
+PLANNED = """\
+## Planned for an H100
+
+No kernel ran: `make traffic` lets torch's own scheduler plan the compiled models, inference, {case}, and adds up
+what each kernel must move and compute at the speeds of an H100. Least time in ms, number of kernels in brackets; from
+[{name}](../{path}), torch {torch}, timm {timm}, commit {commit}.
+What carries the rest stands in [benchmarks/NOTES.md](../benchmarks/NOTES.md#traffic-of-compiled-models).
+"""
+PLANNED_PROVIDERS = ("eager", "compile", "compile+sdpa", "bbfast+compile")
+
+
+def page(folders: list[Results], plan: Path | None) -> str:
+    """The whole text of performance.md.
+
+    Args:
+        folders: measured results, one for each device.
+        plan: a file of `make traffic`'s, if there is one.
+    """
+    lines = [METHOD, *(planned_lines(plan) if plan else []), "## Results", ""]
     for results in folders:
         link = f"../{results.folder.relative_to(ROOT)}/report.md"
         lines += [f"### {device_name(results.facts)}", "", *describe(results.facts), ""]
@@ -76,6 +93,39 @@ def page(folders: list[Results]) -> str:
         lines += [f"#{line}" if line.startswith("###") else line for line in model_tables(results)]
     text = "\n".join(lines if folders else [*lines, NO_RESULTS])
     return text.rstrip() + "\n"
+
+
+def planned_lines(path: Path) -> list[str]:
+    """The section about compiled models on a GPU that was not there."""
+    content = json.loads(path.read_text())
+    facts, rows = content["facts"], content["results"]
+    by_model: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        by_model.setdefault(row["model"], {})[row["provider"]] = row
+    text = PLANNED.format(
+        case=f"batch {rows[0]['batch']}, {rows[0]['dtype']}, {rows[0]['image_size']} px",
+        name=path.name,
+        path=path.relative_to(ROOT),
+        torch=facts["torch"],
+        timm=facts["timm"],
+        commit=facts["commit"][:10],
+    )
+    head = ["| | timm eager | compile | compile, SDPA | bbfast, compile | best of timm's / bbfast's |"]
+    lines = [_planned_row(model, providers) for model, providers in by_model.items()]
+    return [text, *head, "|---|--:|--:|--:|--:|--:|", *lines, ""]
+
+
+def _planned_row(model: str, rows: dict[str, dict]) -> str:
+    known = [rows.get(provider) for provider in PLANNED_PROVIDERS]
+    cells = [f"{row['floor_ms']:.2f} ({row['kernels']})" if row else "" for row in known]
+    *theirs, ours = (row["floor_ms"] if row else float("inf") for row in known)
+    return f"| {model} | {' | '.join(cells)} | {min(theirs) / ours:.2f} |"
+
+
+def latest_plan(root: Path = ROOT) -> Path | None:
+    """The newest results of `make traffic` that git knows."""
+    plans = [path for path in _committed_files(root, f"{RESULTS}/planned/*.json") if path.is_file()]
+    return max(plans, key=lambda path: json.loads(path.read_text())["facts"]["started"], default=None)
 
 
 def latest(root: Path = ROOT) -> list[Results]:
@@ -91,11 +141,15 @@ def latest(root: Path = ROOT) -> list[Results]:
 
 def committed_folders(root: Path) -> list[Path]:
     """Folders of results that git knows; all that there are where this is no checkout."""
-    listed = output_of("git", "-C", str(root), "ls-files", RESULTS)
-    paths = [root / line for line in listed.splitlines()] if listed else root.glob(f"{RESULTS}/*/*/*.json")
+    paths = _committed_files(root, f"{RESULTS}/*/*/*.json")
     depth = len((root / RESULTS).parts) + 3  # device, run, file: older results are files of the device's folder
     names = {path.parent for path in paths if len(path.parts) == depth and _is_result(path.name)}
     return sorted(folder for folder in names if folder.is_dir())
+
+
+def _committed_files(root: Path, pattern: str) -> list[Path]:
+    listed = output_of("git", "-C", str(root), "ls-files", pattern)
+    return [root / line for line in listed.splitlines()] if listed else list(root.glob(pattern))
 
 
 def _is_result(name: str) -> bool:
@@ -157,7 +211,7 @@ def readme_with(text: str, block: str) -> str:
 def main() -> None:
     folders = latest()
     readme, target = ROOT / "README.md", ROOT / "docs" / "performance.md"
-    wanted = {target: page(folders), readme: readme_with(readme.read_text(), headline(folders))}
+    wanted = {target: page(folders, latest_plan()), readme: readme_with(readme.read_text(), headline(folders))}
     if "--check" not in sys.argv[1:]:
         for path, text in wanted.items():
             path.write_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def test_the_page_and_the_table_on_performance_are_up_to_date():
     page = performance_page()
     folders, readme = page["latest"](), (DOCS.parent / "README.md").read_text()
     advice = "run python docs/performance_page.py"
-    assert (DOCS / "performance.md").read_text() == page["page"](folders), advice
+    assert (DOCS / "performance.md").read_text() == page["page"](folders, page["latest_plan"]()), advice
     assert readme == page["readme_with"](readme, page["headline"](folders)), advice
 
 
@@ -56,12 +57,30 @@ def test_the_page_shows_the_newest_results_of_each_device(results):
     page["page"].__globals__["ROOT"] = results
     folders = page["latest"](results)
     assert [found.folder.name for found in folders] == ["run", "a-newer"]
-    text = page["page"](folders)
+    text = page["page"](folders, None)
     assert text.index("### Test GPU") < text.index("### Test CPU")
     assert "| convnext_tiny infer bf16 batch 8 224 px | compile | 8.00 | bbfast | 10.0 | 1.25 |" in text
     assert "In none of the 1 cases" in text and "resnet50" not in text.partition("## Results")[2]
     assert "No results folder is committed" not in text
-    assert "No results folder is committed" in page["page"]([])
+    assert "No results folder is committed" in page["page"]([], None)
+
+
+def test_the_page_shows_the_newest_plan(tmp_path):
+    page = performance_page()
+    page["page"].__globals__["ROOT"] = tmp_path
+    folder = tmp_path / "benchmarks" / "results" / "planned"
+    folder.mkdir(parents=True)
+    case = {"model": "swin", "batch": 128, "dtype": "bf16", "image_size": 224}
+    floors = {"eager": 9.0, "compile": 7.0, "compile+sdpa": 6.0, "bbfast+compile": 5.0}
+    rows = [{**case, "provider": name, "floor_ms": ms, "kernels": int(10 * ms)} for name, ms in floors.items()]
+    for name, started, chosen in (("b", "2030", rows[:2]), ("a", "2031", rows)):
+        facts = {**FACTS, "timm": "1.0", "commit": "0123456789abcdef", "started": started}
+        (folder / f"{name}-traffic.json").write_text(json.dumps({"facts": facts, "results": chosen}))
+    plan = page["latest_plan"](tmp_path)
+    assert plan.name == "a-traffic.json"
+    text = page["page"]([], plan)
+    assert "| swin | 9.00 (90) | 7.00 (70) | 6.00 (60) | 5.00 (50) | 1.20 |" in text
+    assert "No kernel ran" in text and "batch 128, bf16, 224 px" in text
 
 
 def test_the_table_in_the_readme_is_about_the_gpu_if_there_is_one(results):
