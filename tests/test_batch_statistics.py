@@ -49,8 +49,8 @@ def test_finalize_statistics(num_partials, channels, offset, spread, device, mon
     poison_new_empty(monkeypatch)
     ours_mean, ours_invstd = kernels.finalize_statistics(partials, running_mean, running_var, momentum, eps)
 
-    # A mean near 0 is a difference of partial means of the size of the spread, whose rounding is allowed.
-    k = 4 * (1 + values.std().item() / mean.abs().max().item())
+    # A mean near 0 is a difference of partial means as large as single values, whose rounding is allowed.
+    k = 4 * (1 + (values - mean).abs().max().item() / mean.abs().max().item())
     assert_within_rule("mean", ours_mean, mean, mean.float(), k=k)
     # The partials' means are rounded to fp32: what that alone does to M2 is allowed.
     rounding = offset * torch.finfo(torch.float32).eps / spread
