@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bbfast.benchmarks.facts import facts, new_results_folder
+from bbfast.benchmarks.facts import ROOT, facts, new_results_folder
 from bbfast.benchmarks.gpu_plan import MODELS
 
 ON_CPU = 4  # so many of the models; the others would take an hour
@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("models", nargs="*", metavar="MODEL", default=list(MODELS if gpu else MODELS[:ON_CPU]))
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: a new one under benchmarks/results")
     args = parser.parse_args(argv)
+    if args.output is None and not (ROOT / "setup.py").is_file():
+        parser.error("--output FOLDER is needed where bbfast is installed without its sources")
     folder = args.output or new_results_folder(facts("cuda" if gpu else "cpu"))
     folder.mkdir(parents=True, exist_ok=True)
     status = 0

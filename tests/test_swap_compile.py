@@ -16,6 +16,7 @@ from torch._inductor import async_compile, compile_fx, metrics
 from torch._inductor.utils import run_and_get_code
 
 import bbfast
+from bbfast import env
 
 small_models = pytest.mark.parametrize("name", swap_models.SMALL)
 
@@ -32,8 +33,10 @@ whole_models = pytest.mark.parametrize("name", swap_models.WHOLE)
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler():
+def fresh_compiler(monkeypatch):
     torch._dynamo.reset()
+    # Under the interpreter nothing is left to Inductor, which would change the graphs.
+    monkeypatch.setattr(env, "TRITON_INTERPRET", False)
     # Graphs are traced the same for every backend, and the interpreter of Triton's kernels would take minutes.
     with swap_parity.backend("torch"):
         yield
