@@ -181,9 +181,11 @@ def _repeated_rows(launch: Launch, function: Function, walk: Loop) -> float:
     return sum(count * loop.length for count, loop in zip(repeated, sorted(inner, key=lambda loop: loop.first)))
 
 
-def _narrow(opcodes) -> list[str]:
+def _narrow(opcodes, but: int = 0) -> list[str]:
+    """Accesses of less than 16 bytes, `but` those of so many."""
     counts = global_accesses(opcodes)
-    return [f"{n} {name.replace(' ', 's of ')} bytes" for name, n in counts.items() if int(name.split()[1]) < 16]
+    narrow = {name: n for name, n in counts.items() if int(name.split()[1]) < VECTOR_BYTES}
+    return [f"{n} {name.replace(' ', 's of ')} bytes" for name, n in narrow.items() if int(name.split()[1]) != but]
 
 
 def _halo(values: dict, axis: str, block: int) -> float:
@@ -221,7 +223,9 @@ def _attention(work: Work, launch: Launch, function: Function, threads: int, arc
         work.bias_bytes = bias.nbytes
         work.traffic_bytes = rows * tokens * sectors * SECTOR_BYTES + bias.nbytes + partials
     if qkv.stride[3] == 1 and all(stride % 16 == 0 for stride in qkv.stride[:3]) and qkv.dtype != torch.float32:
-        work.narrow = _narrow(function.body(function.nest[0]) if function.nest else function.opcodes)
+        # One fp32 value per row of scores is all that they have to move; rows lie on neighbouring lanes.
+        row_sums = 4 if "row_sums_ptr" in launch.tensors else 0
+        work.narrow = _narrow(function.body(function.nest[0]) if function.nest else function.opcodes, but=row_sums)
 
     tiles = values["QUERY_TILES"] * values["KEY_TILES"]
     windows = values["num_windows"] * heads
