@@ -75,6 +75,7 @@ def suite(benchmark, monkeypatch, speeds, expected, request):
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["facts"] = config.stash[FACTS]
+    machine_info.pop("node", None)  # results are published; what the machine is called is nobody's business
 
 
 def pytest_benchmark_update_json(config, output_json):
