@@ -30,6 +30,7 @@ class Fast:
         asked_once: whether objections are asked before a swap only: it takes long, or fused_forward copes with changes.
         relies_on: qualified names of further foreign functions that were read beside forward.
         own_names: what fused_forward calls arguments that have another name in the foreign forward.
+        methods_read: names of the block's methods among relies_on; `register` finds them.
         leaf: whether torch.fx records one call of the block, which so stays fast, or looks into the foreign forward.
     """
 
@@ -38,6 +39,7 @@ class Fast:
     asked_once: bool = False
     relies_on: tuple[str, ...] = ()
     own_names: Mapping[str, str] = {}
+    methods_read: tuple[str, ...] = ()
     leaf: bool = True
 
     @classmethod
@@ -74,7 +76,9 @@ class Fast:
         )
 
     def _can_bypass(self) -> bool:
-        if _misplaced_drops(self, self.drops) or (not self.asked_once and self.objections(self)):
+        if _fingerprint.replaced_methods(self, self.methods_read) or _misplaced_drops(self, self.drops):
+            return False
+        if not self.asked_once and self.objections(self):
             return False
         return _lending.can_lend([module for _, module in self.lent(self)])
 
@@ -114,6 +118,7 @@ def register(cls: type[Fast]) -> type[Fast]:
     cls.forward = _with_signature_of(foreign.forward)
     names = zip(_parameters(foreign.forward), _parameters(cls.fused_forward))
     cls.own_names = {theirs: ours for theirs, ours in names if theirs != ours}
+    cls.methods_read = _fingerprint.methods_read(foreign, cls.relies_on)
     _fast_classes[foreign] = cls
     _foreign_classes[cls] = foreign
     return cls
@@ -170,8 +175,8 @@ def unsupported_reasons() -> dict[str, str]:
 
 def objections_to(block: nn.Module, cls: type[Fast]) -> list[str]:
     """Why `block`, whose class `cls` replaces, should stay what it is (empty: it can become fast)."""
-    if "forward" in block.__dict__:
-        return ["it has a forward of its own (somebody replaced it on the instance)"]
+    if replaced := _fingerprint.replaced_methods(block, ("forward", *cls.methods_read)):
+        return [f"it {reason}" for reason in replaced]
     reasons = _fingerprint.objections_to_code(foreign_class(cls), cls.relies_on)
     if reasons:  # then its attributes may be others, too
         return reasons

@@ -131,6 +131,19 @@ def remember_torch_forward(cls: type[nn.Module]) -> None:
     _torch_forwards[owner] = owner.forward
 
 
+def methods_read(cls: type[nn.Module], relies_on: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of methods of `cls` among functions by qualified name: who replaces one on an instance wants his own."""
+    classes = {f"{each.__module__}.{each.__qualname__}" for each in cls.__mro__}
+    return tuple(name for owner, _, name in (read.rpartition(".") for read in relies_on) if owner in classes)
+
+
+def replaced_methods(module: nn.Module, names: tuple[str, ...]) -> list[str]:
+    """Why what this instance runs is not what was read, if somebody replaced one of these methods on it."""
+    return [
+        f"has a {name} of its own (somebody replaced it on the instance)" for name in names if name in module.__dict__
+    ]
+
+
 def objections_to_code(cls: type[nn.Module], relies_on: tuple[str, ...]) -> list[str]:
     """Why what instances of `cls` run is not what was read: their forward, and functions by qualified name."""
     functions = ((name, _resolve(name)) for name in relies_on)

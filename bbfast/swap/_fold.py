@@ -147,8 +147,8 @@ def _names_in(block: nn.Module) -> tuple[list[tuple[str, str]], list[str]]:
     cls = type(block)
     if cls in _foldable:
         entry = _foldable[cls]
-        replaced = [name for name in ("forward", "forward_features") if name in block.__dict__]
-        reasons = [f"its block has a {name} of its own (somebody replaced it on the instance)" for name in replaced]
+        replaced = _fingerprint.replaced_methods(block, ("forward", "forward_features"))
+        reasons = [f"its block {reason}" for reason in replaced]
         return list(entry.pairs(block)), reasons or _fingerprint.objections_to_code(cls, entry.relies_on)
     fast = cls if _fast.is_fast(cls) else _fast.fast_class(cls)
     if fast is None or not fast.concerns(block):
@@ -159,8 +159,8 @@ def _names_in(block: nn.Module) -> tuple[list[tuple[str, str]], list[str]]:
         for (conv_name, conv), (norm_name, norm) in itertools.pairwise(lent)
         if type(conv) in CONVS and type(norm) in NORMS and type(norm) is not nn.Identity
     ]
-    if "forward" in block.__dict__:
-        return names, ["its block has a forward of its own (somebody replaced it on the instance)"]
+    if replaced := _fingerprint.replaced_methods(block, ("forward", *fast.methods_read)):
+        return names, [f"its block {reason}" for reason in replaced]
     return names, _fingerprint.objections_to_code(_fast.foreign_class(fast), fast.relies_on)
 
 

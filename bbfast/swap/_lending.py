@@ -30,6 +30,7 @@ class Lender:
         read_as: the class whose forward was read.
         relies_on: qualified names of further foreign functions that were read beside it.
         ready: takes such a module, returns whether it can lend in this call, whatever a plan says; None: always.
+        methods_read: names of the module's methods among relies_on.
     """
 
     objections: Callable[[nn.Module], list[str]] | None
@@ -38,6 +39,7 @@ class Lender:
     read_as: type[nn.Module]
     relies_on: tuple[str, ...]
     ready: Callable[[nn.Module], bool] | None
+    methods_read: tuple[str, ...]
 
 
 _lenders: dict[type[nn.Module], Lender] = {}
@@ -54,7 +56,8 @@ def lender(
     ready: Callable[[nn.Module], bool] | None = None,
 ) -> None:
     """Says that modules of exactly this class can lend; see `Lender`."""
-    _lenders[cls] = Lender(objections, asked_once, inner, read_as or cls, relies_on, ready)
+    methods = _fingerprint.methods_read(cls, relies_on)
+    _lenders[cls] = Lender(objections, asked_once, inner, read_as or cls, relies_on, ready, methods)
     if cls.__module__.startswith("torch."):
         _fingerprint.remember_torch_forward(cls)
 
@@ -74,7 +77,9 @@ def can_lend(modules: Iterable[nn.Module | None]) -> bool:
 
 def _can_lend(module: nn.Module) -> bool:
     entry = _lenders.get(type(module))
-    if entry is None or has_own_call(module) or not (entry.ready is None or entry.ready(module)):
+    if entry is None or has_own_call(module) or _fingerprint.replaced_methods(module, entry.methods_read):
+        return False
+    if not (entry.ready is None or entry.ready(module)):
         return False
     if entry.objections is not None and not entry.asked_once and entry.objections(module):
         return False
@@ -119,7 +124,8 @@ def objections_to(path: str, module: nn.Module | None) -> list[str]:
     entry = _lenders.get(type(module))
     if entry is None:
         return [_describe_stranger(path, module)]
-    reasons = _fingerprint.objections_to_code(entry.read_as, entry.relies_on)
+    reasons = [f"{path} {reason}" for reason in _fingerprint.replaced_methods(module, entry.methods_read)]
+    reasons += _fingerprint.objections_to_code(entry.read_as, entry.relies_on)
     reasons += [] if entry.objections is None else [f"{path} {reason}" for reason in entry.objections(module)]
     reasons += [f"{path}.{reason}" for reason in tensor_objections(module)]
     for name, inner in () if entry.inner is None else entry.inner(module):

@@ -177,12 +177,6 @@ of_other_releases("timm.models._efficientnet_blocks.LayerScale2d.forward")
 class _WithStem(Fast):
     """What both models share: in forward, what stands before and behind the blocks; other methods are timm's."""
 
-    @classmethod
-    def objections(cls, block):
-        if "forward_features" in block.__dict__:
-            return ["it has a forward_features of its own (somebody replaced it on the instance)"]
-        return []
-
     def _features(self, x: torch.Tensor) -> torch.Tensor:
         x = conv_norm_act(x, self.conv_stem, self.bn1)
         return checkpoint_seq(self.blocks, x, flatten=True) if self.grad_checkpointing else self.blocks(x)

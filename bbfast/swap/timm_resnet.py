@@ -114,12 +114,6 @@ class FastResNet(Fast, ResNet):
         conv = [("conv1", block.conv1)] if type(block.conv1) in CONVS else []
         return [*conv, ("bn1", block.bn1), *lent_activation("act1", block.act1)]
 
-    @classmethod
-    def objections(cls, block):
-        if "forward_features" in block.__dict__:
-            return ["it has a forward_features of its own (somebody replaced it on the instance)"]
-        return []
-
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self._features(self._stem(x)))
 
