@@ -60,6 +60,8 @@ def work_of(launch: Launch, function: Function, num_warps: int, arch: int) -> Wo
         _depthwise(work, launch, function, threads)
     elif launch.name.startswith("_window_attention"):
         _attention(work, launch, function, threads, arch)
+    elif launch.name == "_pointwise_kernel":
+        _pointwise(work, launch, function, threads)
     elif "tiles_per_program" in values:
         _walk(work, launch, function, threads)
     elif "num_partials" in values:
@@ -198,6 +200,27 @@ def _halo(values: dict, axis: str, block: int) -> float:
         last = min(first + block, size_out) - 1
         read += min(last * stride - pad + reach + 1, size_in) - max(first * stride - pad, 0)
     return read / size_in
+
+
+# ---- products of matrices --------------------------------------------------------------------------------
+
+
+def _pointwise(work: Work, launch: Launch, function: Function, threads: int) -> None:
+    """One loop over the summed elements, and what follows it."""
+    values = launch.values
+    tile = values["BLOCK_M"] * values["BLOCK_N"]
+    work.outputs = launch.programs * tile
+    trips = -(-values["k_units"] * values["UNIT"] // values["BLOCK_K"])
+    if len(function.loops) <= 1:
+        body = sum(loop.length for loop in function.loops)
+        work.per_output = (function.outside + trips * body) * threads / tile
+        work.lane_instructions = work.per_output * work.outputs
+    # Vectors over columns are loaded as they fall to the threads; tiles of x and weight go straight to shared memory.
+    straight = [opcode for opcode in function.opcodes if opcode.startswith("LDGSTS")]
+    looped = function.body(function.loops[0]) if function.loops else ()
+    stores = [opcode for opcode in function.opcodes if kind(opcode) == "global stores"]
+    weight_bytes = values["BLOCK_N"] * values["BLOCK_K"] * values["weight_ptr"].dtype.itemsize // threads
+    work.narrow = _narrow([*looped, *straight, *stores], but=weight_bytes)
 
 
 # ---- windowed attention ----------------------------------------------------------------------------------

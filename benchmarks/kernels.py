@@ -87,7 +87,8 @@ def model_uses(launches: dict[str, list[Launch]], texts: Sequence[str]) -> list[
             use.launch = max(use.launch, launch, key=_moved_bytes)
     for use in found.values():
         use.case = describe(use.launch)
-    return [use for use in found.values() if any(text in f"{use.case} {' '.join(use.models)}" for text in texts)]
+    said = {name: f"{use.case} {use.launch.name} {' '.join(use.models)}" for name, use in found.items()}
+    return [use for name, use in found.items() if any(text in said[name] for text in texts)]
 
 
 def _moved_bytes(launch: Launch) -> int:
@@ -154,6 +155,8 @@ def report(use: Use, compiled: Compiled, arch: int) -> Report:
         tile = f"{values['BLOCK_Q']}x{values['BLOCK_K']}"
     elif "WALK" in values:
         tile = f"{values['WALK'].block_c}x{values['WALK'].block_p}"
+    elif "BLOCK_M" in values:
+        tile = f"{values['BLOCK_M']}x{values['BLOCK_N']}x{values['BLOCK_K']}"
     elif "BLOCK_R" in values:
         tile = f"{values['BLOCK_R']}" + (f"x{values['BLOCK_C']}" if "BLOCK_C" in values else "")
     return Report.of(
@@ -239,7 +242,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=archs, choices=archs, help="compute capabilities")
     parser.add_argument("--set", nargs="+", default=["models"], dest="sets", choices=SETS)
     parser.add_argument(
-        "--case", nargs="+", default=[""], dest="texts", metavar="TEXT", help="only cases described with one of these"
+        "--case",
+        nargs="+",
+        default=[""],
+        dest="texts",
+        metavar="TEXT",
+        help="only what is described or called so",
     )
     parser.add_argument("--gpu", default=NO_NAME, help="take the launch configurations tuned for the GPU of this name")
     parser.add_argument("--json", type=Path, help="also write the reports to this file")

@@ -22,6 +22,7 @@ from bbfast.ops.batch_norm_act import batch_norm_act
 from bbfast.ops.conv_bn_act import conv_bn_act
 from bbfast.ops.depthwise_conv_bn_act import depthwise_conv_bn_act
 from bbfast.ops.drop_path_add import drop_path_add
+from bbfast.ops.linear_act import linear_act
 from bbfast.ops.window_attention import window_attention
 from bbfast.ops.window_partition import window_partition
 
@@ -165,8 +166,10 @@ def _call_every_op(device):
     qkv = torch.randn(1, 7, 7, 96, device=device, requires_grad=True)
     table = torch.randn(169, 1, device=device, requires_grad=True)
     window_attention(qkv, table, num_heads=1, window_size=7, shift_size=3).sum().backward()
+    dtype = _status.product_dtype(device)
     with torch.no_grad():
-        conv_bn_act(x, pointwise, *batch_norm)
+        conv_bn_act(x.to(dtype), pointwise.to(dtype), *batch_norm)
+        linear_act(torch.randn(4, 8, device=device, dtype=dtype), torch.randn(8, 8, device=device, dtype=dtype))
         depthwise_conv_bn_act(x, depthwise, *batch_norm, padding=1)
 
 

@@ -665,7 +665,7 @@ def test_opcheck(permuted, has_everything, monkeypatch):
     bn = batch_norm_tensors(4) if has_everything else [None] * 4
     bias = torch.randn(4) if has_everything else None
     weight, residual = torch.randn(4, 3, 3, 3), torch.randn(2, 4, *x.shape[2:]) if has_everything else None
-    args = (x, weight, bias, *bn, residual, (1, 1), (1, 1, 1, 1), (1, 1), 2, 1e-5, "gelu")
+    args = (x, weight, bias, *bn, residual, (1, 1), (1, 1, 1, 1), (1, 1), 2, 1e-5, "gelu", None)
     torch.library.opcheck(torch.ops.bbfast.conv_bn_act.default, args)
 
 

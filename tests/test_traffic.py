@@ -40,6 +40,11 @@ def new_map() -> torch.Tensor:
     return half(8, 14, 14, 64).permute(0, 3, 1, 2)
 
 
+def wide_map() -> torch.Tensor:
+    """[8, 128, 14, 14] in channels_last."""
+    return half(8, 14, 14, 128).permute(0, 3, 1, 2)
+
+
 def vectors(count: int, channels: int = 64) -> list[torch.Tensor]:
     return [half(channels) for _ in range(count)]
 
@@ -65,6 +70,10 @@ def small_cases() -> dict:
         "batch_norm_act": lambda: ops.batch_norm_act(x, *vectors(4), residual=new_map()),
         "batch_norm_act in training": lambda: ops.batch_norm_act(x, *vectors(4), training=True),
         "conv_bn_act": lambda: ops.conv_bn_act(x, weight, *vectors(4, 128)),
+        "gate and residual": lambda: ops.conv_bn_act(x, weight, *[None] * 4, residual=wide_map(), gate=half(8, 64)),
+        "linear_act": lambda: ops.linear_act(
+            half(8, 196, 64), half(128, 64), half(128), layer_scale=half(128), residual=half(8, 196, 128)
+        ),
         "drop_path_add": lambda: ops.drop_path_add(x, new_map(), layer_scale=half(64)),
         "add_layer_norm": lambda: ops.add_layer_norm(half(8, 196, 64), half(8, 196, 64), *vectors(2)),
         "window_attention": lambda: ops.window_attention(qkv, table, num_heads=2, window_size=7, shift_size=3),
@@ -73,11 +82,11 @@ def small_cases() -> dict:
 
 
 class Block(torch.nn.Module):
-    """Two pointwise convolutions whose norms are added, a depthwise one, and a sum with layer scale."""
+    """Two dense convolutions whose norms are added, a depthwise one, and a sum with layer scale."""
 
     def __init__(self):
         super().__init__()
-        self.main, self.shortcut = (torch.nn.Conv2d(64, 64, 1, bias=False) for _ in range(2))
+        self.main, self.shortcut = (torch.nn.Conv2d(64, 64, 3, padding=1, bias=False) for _ in range(2))
         self.main_norm, self.shortcut_norm, self.norm = (torch.nn.BatchNorm2d(64) for _ in range(3))
         self.depthwise = torch.nn.Conv2d(64, 64, 3, padding=1, groups=64, bias=False)
         self.layer_scale = torch.nn.Parameter(torch.ones(64))
@@ -146,7 +155,9 @@ EXPECTED = {
     "depthwise_conv_bn_act": [(PACK, 0), (2 * MAP + PACKED, 2 * VALUES * 9)],
     "squeeze": [(PACK, 0), (2 * MAP + PACKED + 2 * 8 * 64, 2 * VALUES * 9)],
     "batch_norm_act": [(3 * MAP + 4 * VECTOR, 0)],
-    "conv_bn_act": [POINTWISE, (2 * 2 * MAP + 4 * 2 * VECTOR, 0)],
+    "conv_bn_act": [(POINTWISE[0] + 4 * 2 * VECTOR, POINTWISE[1])],
+    "gate and residual": [(POINTWISE[0] + 2 * 8 * 64 + 2 * MAP, POINTWISE[1])],
+    "linear_act": [(POINTWISE[0] + 2 * 2 * VECTOR + 2 * MAP, POINTWISE[1])],
     "drop_path_add": [(3 * MAP + VECTOR, 0)],
     "add_layer_norm": [(4 * MAP + 2 * VECTOR, 0)],
     # 32 windows, 2 heads of 32 channels, 49 tokens, 2 products.
@@ -189,7 +200,7 @@ def test_inductor_fuses_around_our_ops(counted):
     assert len(found) == 6, found
     shortcut, main, sum_of_both, pack, depthwise, last = found
     for name, moved, flops, _ in (shortcut, main):
-        assert (name, moved, flops) == ("convolution", 2 * MAP + 2 * 64 * 64, 2 * VALUES * 64)
+        assert (name, moved, flops) == ("convolution", 2 * MAP + 2 * 9 * 64 * 64, 2 * VALUES * 9 * 64)
     assert sum_of_both[0].startswith("fused") and sum_of_both[1] == 3 * MAP + 8 * VECTOR
     assert (pack[1], depthwise[1]) == (PACK, 2 * MAP + PACKED)
     assert last[0].startswith("fused") and last[1] == 3 * MAP + VECTOR

@@ -19,6 +19,7 @@ def _hardswish_kinks_belong_to_the_lines() -> bool:
 
 HARDSWISH_CLOSED: tl.constexpr = tl.constexpr(_hardswish_kinks_belong_to_the_lines())
 SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 INV_SQRT_2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
 
 
@@ -40,6 +41,35 @@ def activation(x, ACT: tl.constexpr):
     else:
         tl.static_assert(ACT == "identity", "unknown activation")
     return x
+
+
+@triton.jit
+def activation_for(x, ACT: tl.constexpr, DTYPE: tl.constexpr):
+    """act(x) for an fp32 tile that will be stored as DTYPE: gelu and silu in fewer instructions for 16 bits."""
+    if ACT == "gelu" and DTYPE.primitive_bitwidth == 16:
+        return _gelu_for_half(x)
+    elif ACT == "silu" and DTYPE.primitive_bitwidth == 16:
+        # A square root's reciprocal is one instruction, and a division ten.
+        root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2_E))
+        return x * root * root
+    else:
+        return activation(x, ACT)
+
+
+@triton.jit
+def _gelu_for_half(x):
+    """gelu(x) in a third of the instructions that erf takes.
+
+    gelu(x) = max(x, 0) - z * F(-z) with z = |x| and F the normal distribution; log2 F(-z) is nearly a parabola. With
+    this polynomial z * F(-z) is right to 1.5e-4 of itself for z <= 3, 6e-4 for z <= 5, and 2.2e-5 absolutely.
+    """
+    z = tl.minimum(tl.abs(x), 1.0e4, propagate_nan=tl.PropagateNan.ALL)
+    exponent = -2.67872974e-4 * z + 5.29414280e-3
+    exponent = exponent * z - 4.63765345e-2
+    exponent = exponent * z - 4.66728011e-1
+    exponent = exponent * z - 1.14792072
+    exponent = exponent * z - 1.00021538
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - z * tl.exp2(exponent)
 
 
 @triton.jit

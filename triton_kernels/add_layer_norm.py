@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from . import tuned
 from .batch_statistics import sum_partials
 from .channel_tile import multiprocessors
 from .integers import cdiv, is_power_of_2, next_power_of_2
+from .layout import dense, spaced_rows
 
 MOST_CHANNELS = 2048
 
@@ -342,7 +342,7 @@ def forward(
             *walk.tensors,
             total,
             norm,
-            *(_dense(vector) for vector in (multiplier, layer_scale, weight, bias)),
+            *(dense(vector) for vector in (multiplier, layer_scale, weight, bias)),
             mean,
             rstd,
             *walk.size_arguments(),
@@ -396,7 +396,7 @@ def backward(
             scale_partials = new_empty((walk.programs, channels), dtype=torch.float32)
         _add_layer_norm_backward_kernel[(walk.programs,)](
             *walk.tensors,
-            *(_dense(vector) for vector in (multiplier, layer_scale, weight, mean, rstd)),
+            *(dense(vector) for vector in (multiplier, layer_scale, weight, mean, rstd)),
             grad_residual,
             grad_branch,
             affine_partials,
@@ -427,7 +427,7 @@ class _Walk:
         self.channels = like.shape[-1]
         self.rows = like.numel() // self.channels
         self.sample_rows = self.rows // like.shape[0]
-        spaced = [(None, 0) if tensor is None else _spaced_rows(tensor) for tensor in tensors]
+        spaced = [(None, 0) if tensor is None else spaced_rows(tensor) for tensor in tensors]
         self.tensors = [tensor for tensor, _ in spaced]
         self.strides = [stride for _, stride in spaced]
         self.unit = next(u for u in (8, 4, 2, 1) if all(size % u == 0 for size in (self.channels, *self.strides)))
@@ -457,17 +457,3 @@ class _Walk:
             "WIDE": self.rows + self.tile.block_r >= WIDE_FROM,
             "num_warps": self.tile.num_warps,
         }
-
-
-def _spaced_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """`x`, or a copy of it, whose rows of side-by-side channels lie a fixed distance apart; and that distance."""
-    channels = x.shape[-1]
-    axes = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1]) if size > 1]
-    even = all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(axes))
-    if even and (channels == 1 or x.stride(-1) == 1):
-        return x, axes[-1][1] if axes else channels
-    return x.contiguous(), channels
-
-
-def _dense(vector: torch.Tensor | None) -> torch.Tensor | None:
-    return vector if vector is None or vector.is_contiguous() else vector.contiguous()

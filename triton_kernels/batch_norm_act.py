@@ -38,6 +38,7 @@ from .channel_tile import (
     tunable,
     zero_tile,
 )
+from .layout import dense
 
 # Programs per multiprocessor. Those that leave partials are fewer, so that the second stage stays short.
 ELEMENTWISE_PROGRAMS = 32
@@ -382,8 +383,8 @@ def forward(
             y,
             residual,
             *statistics,
-            _dense(weight),
-            _dense(bias),
+            dense(weight),
+            dense(bias),
             eps,
             split.tiles,
             split.tiles_per_program,
@@ -437,7 +438,7 @@ def backward(
     """
     residual = None if act == "identity" else residual
     kind, statistics = _statistics(training, mean, invstd, running_mean, running_var)
-    inputs = (x, grad_y, residual, *statistics, _dense(weight), _dense(bias))
+    inputs = (x, grad_y, residual, *statistics, dense(weight), dense(bias))
     walked_inputs = [x, grad_y, x if residual is None else residual]
     channels = x.shape[1]
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
@@ -508,8 +509,4 @@ def _statistics(training, mean, invstd, running_mean, running_var):
     """What the kernels call the statistics, and the two vectors that hold them."""
     if training:
         return "batch", (mean, invstd)
-    return "none" if running_mean is None else "running", (_dense(running_mean), _dense(running_var))
-
-
-def _dense(vector: torch.Tensor | None) -> torch.Tensor | None:
-    return vector if vector is None or vector.is_contiguous() else vector.contiguous()
+    return "none" if running_mean is None else "running", (dense(running_mean), dense(running_var))

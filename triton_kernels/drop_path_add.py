@@ -34,6 +34,7 @@ from .channel_tile import (
     tunable,
     zero_tile,
 )
+from .layout import dense
 
 # Programs per multiprocessor. Those that leave partials are fewer, so that the second stage stays short.
 ELEMENTWISE_PROGRAMS = 32
@@ -185,8 +186,8 @@ def forward(
             residual,
             branch,
             y,
-            _dense(multiplier),
-            _dense(layer_scale),
+            dense(multiplier),
+            dense(layer_scale),
             split.tiles,
             split.tiles_per_program,
             *walked.size_arguments(),
@@ -224,8 +225,8 @@ def backward(
         _drop_path_add_backward_kernel[(walked.channel_blocks, split.programs)](
             grad_y,
             None if layer_scale is None else branch,
-            _dense(multiplier),
-            _dense(layer_scale),
+            dense(multiplier),
+            dense(layer_scale),
             grad_branch,
             partials,
             split.tiles,
@@ -238,7 +239,3 @@ def backward(
         )
         grad_scale = None if layer_scale is None else sum_partials(partials).to(layer_scale.dtype)
     return grad_branch, grad_scale
-
-
-def _dense(vector: torch.Tensor | None) -> torch.Tensor | None:
-    return vector if vector is None or vector.is_contiguous() else vector.contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -18,3 +19,18 @@ def new_output(x: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None 
         n, c, h, w = shape
         return x.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
     return x.new_empty(shape, dtype=dtype)
+
+
+def spaced_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """`x`, or a copy of it, whose rows of side-by-side channels lie a fixed distance apart; and that distance."""
+    channels = x.shape[-1]
+    axes = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1]) if size > 1]
+    even = all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(axes))
+    if even and (channels == 1 or x.stride(-1) == 1):
+        return x, axes[-1][1] if axes else channels
+    return x.contiguous(), channels
+
+
+def dense(vector: torch.Tensor | None) -> torch.Tensor | None:
+    """`vector`, or a copy of it, with its elements side by side."""
+    return vector if vector is None or vector.is_contiguous() else vector.contiguous()

@@ -123,16 +123,14 @@ def recorded_calls() -> Iterator[list[Call]]:
 
     with contextlib.ExitStack() as stack:
         for module in launcher_modules():
-            for name in ("forward", "backward"):
+            for name in {"forward", "backward"} & set(vars(module)):
                 stack.enter_context(mock.patch.object(module, name, recording(getattr(module, name))))
         yield calls
     calls += sorted({id(call): call for call in best.values()}.values(), key=lambda call: len(call.places))
 
 
 def launcher_modules() -> list[ModuleType]:
-    tuned.tunables()  # imports them
-    modules = [importlib.import_module(f"{tuned.__package__}.{name}") for name in tuned.NAMES]
-    return [module for module in modules if hasattr(module, "forward")]
+    return [importlib.import_module(f"{tuned.__package__}.{name}") for name in tuned.LAUNCHERS]
 
 
 # ---- the search --------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bbfast.models._layers import conv_bn_act, create_conv2d, depthwise_conv_bn_act, make_divisible
-from bbfast.nn import BatchNormAct2d, DropPathAdd, apply_squeeze_excite
+from bbfast.nn import BatchNormAct2d, DropPathAdd, apply_gate, squeeze_excite_gate
 
 # ---- squeeze-and-excite ----------------------------------------------------------------------------------
 
@@ -49,21 +49,13 @@ class SqueezeExcite(nn.Module):
         self.act = force_act or act
         self.gate = gate
 
-    def forward(self, x: torch.Tensor, squeezed: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Args:
-            x: `[N, C, H, W]`; without autograd it is overwritten if squeezed is given.
-            squeezed: x's means over H and W, `[N, C]`, where they are known already.
-        """
-        return apply_squeeze_excite(
-            x,
-            x.mean((2, 3)) if squeezed is None else squeezed,
-            self.conv_reduce,
-            self.conv_expand,
-            act=self.act,
-            gate=self.gate,
-            inplace=squeezed is not None,
-        )
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[N, C, H, W]` to the same."""
+        return apply_gate(x, self.factors(x.mean((2, 3))))
+
+    def factors(self, squeezed: torch.Tensor) -> torch.Tensor:
+        """What x, whose means over H and W `squeezed` holds, is multiplied by: `[N, C]`."""
+        return squeeze_excite_gate(squeezed, self.conv_reduce, self.conv_expand, act=self.act, gate=self.gate)
 
     def extra_repr(self) -> str:
         return f"act={self.act!r}, gate={self.gate!r}"
@@ -78,14 +70,21 @@ class _SkipBlock(nn.Module):
     has_skip: bool
     drop_path: nn.Module
 
-    def _finish(self, conv: nn.Conv2d, bn: BatchNormAct2d, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+    def _finish(
+        self,
+        conv: nn.Conv2d,
+        bn: BatchNormAct2d,
+        x: torch.Tensor,
+        shortcut: torch.Tensor,
+        gate: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if not self.has_skip:
-            return conv_bn_act(conv, bn, x)
+            return conv_bn_act(conv, bn, x, gate=gate)
         if self.training and isinstance(self.drop_path, DropPathAdd):
-            return self.drop_path(shortcut, conv_bn_act(conv, bn, x))
+            return self.drop_path(shortcut, conv_bn_act(conv, bn, x, gate=gate))
         if bn.act == "identity":
-            return conv_bn_act(conv, bn, x, residual=shortcut)
-        return conv_bn_act(conv, bn, x) + shortcut
+            return conv_bn_act(conv, bn, x, residual=shortcut, gate=gate)
+        return conv_bn_act(conv, bn, x, gate=gate) + shortcut
 
 
 def _drop_path(rate: float) -> nn.Module:
@@ -164,8 +163,8 @@ class DepthwiseSeparableConv(_SkipBlock):
         self.drop_path = _drop_path(drop_path_rate)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = _depthwise_and_squeeze_excite(self.conv_dw, self.bn1, self.se, x)
-        return self._finish(self.conv_pw, self.bn2, y, x)
+        y, gate = _depthwise_and_gate(self.conv_dw, self.bn1, self.se, x)
+        return self._finish(self.conv_pw, self.bn2, y, x, gate)
 
 
 class InvertedResidual(_SkipBlock):
@@ -213,12 +212,13 @@ class InvertedResidual(_SkipBlock):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = conv_bn_act(self.conv_pw, self.bn1, x)
-        y = _depthwise_and_squeeze_excite(self.conv_dw, self.bn2, self.se, y)
-        return self._finish(self.conv_pwl, self.bn3, y, x)
+        y, gate = _depthwise_and_gate(self.conv_dw, self.bn2, self.se, y)
+        return self._finish(self.conv_pwl, self.bn3, y, x, gate)
 
 
-def _depthwise_and_squeeze_excite(conv: nn.Conv2d, bn: BatchNormAct2d, se: nn.Module, x: torch.Tensor):
+def _depthwise_and_gate(conv: nn.Conv2d, bn: BatchNormAct2d, se: nn.Module, x: torch.Tensor):
+    """The depthwise convolution's output, and what squeeze-and-excite multiplies it by, None for 1."""
     if not isinstance(se, SqueezeExcite):
-        return depthwise_conv_bn_act(conv, bn, x)
+        return depthwise_conv_bn_act(conv, bn, x), None
     y, means = depthwise_conv_bn_act(conv, bn, x, squeeze=True)
-    return se(y, means)
+    return y, se.factors(means)

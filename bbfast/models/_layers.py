@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bbfast.nn import BatchNormAct2d, apply_conv_bn_act, apply_depthwise_conv_bn_act, apply_squeeze_excite
+from bbfast.nn import (
+    BatchNormAct2d,
+    apply_conv_bn_act,
+    apply_depthwise_conv_bn_act,
+    apply_gate,
+    squeeze_excite_gate,
+)
 from bbfast.reference.activation import activation
 
 # timm's names of activations, and the names that ops know.
@@ -100,9 +106,9 @@ def create_conv2d(
     return conv(in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=bias, device=device, dtype=dtype)
 
 
-def conv_bn_act(conv: nn.Conv2d, bn: BatchNormAct2d, x: torch.Tensor, residual=None) -> torch.Tensor:
-    """`act(bn(conv(x)) + residual)` as one op."""
-    return apply_conv_bn_act(conv, bn, x, act=bn.act, padding=_padding(conv), residual=residual)
+def conv_bn_act(conv: nn.Conv2d, bn: BatchNormAct2d, x: torch.Tensor, residual=None, gate=None) -> torch.Tensor:
+    """`act(bn(conv(x * gate)) + residual)` as one op."""
+    return apply_conv_bn_act(conv, bn, x, act=bn.act, padding=_padding(conv), residual=residual, gate=gate)
 
 
 def depthwise_conv_bn_act(conv: nn.Conv2d, bn: BatchNormAct2d, x: torch.Tensor, squeeze: bool = False):
@@ -144,7 +150,11 @@ class SEModule(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[N, C, H, W]` to the same; without autograd x is overwritten."""
-        return apply_squeeze_excite(x, x.mean((2, 3)), self.fc1, self.fc2, act=self.act, gate="sigmoid", inplace=True)
+        return apply_gate(x, self.factors(x), inplace=True)
+
+    def factors(self, x: torch.Tensor) -> torch.Tensor:
+        """What x is multiplied by, `[N, C]`."""
+        return squeeze_excite_gate(x.mean((2, 3)), self.fc1, self.fc2, act=self.act, gate="sigmoid")
 
     def extra_repr(self) -> str:
         return f"act={self.act!r}"

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bbfast.models._layers import AvgPool2dSame, SEModule, create_conv2d
 from bbfast.models._regnet_rule import bottleneck_width
-from bbfast.nn import BATCH_NORMS, BatchNormAct2d, DropPathAdd, apply_conv_bn_act
+from bbfast.nn import BATCH_NORMS, BatchNormAct2d, DropPathAdd, apply_conv_bn_act, apply_gate
 from bbfast.reference.activation import activation
 
 # ---- norms and activations -------------------------------------------------------------------------------
@@ -110,21 +110,31 @@ class ConvNormAct(nn.Module):
         )
         self.bn = norm_layer(out_chs, act=act, **factory)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, act: str | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        act: str | None = None,
+        gate: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         Args:
-            x: `[N, in_chs, H, W]`.
+            x: `[N, in_chs, H, W]`; without autograd it is overwritten if gate is given.
             residual: of the result's shape, added before the activation.
             act: the activation where the module's own is "identity", as it must be where residual or act is given.
+            gate: `[N, in_chs]`, a factor of x's channels.
         """
-        return _conv_norm_act(self.conv, self.bn, x, residual, act)
+        return _conv_norm_act(self.conv, self.bn, x, residual, act, gate)
 
 
-def _conv_norm_act(conv: nn.Conv2d, norm: nn.Module, x: torch.Tensor, residual=None, act: str | None = None):
-    """`act(norm(conv(x)) + residual)`, as one op where the norm is a BatchNorm."""
+def _conv_norm_act(
+    conv: nn.Conv2d, norm: nn.Module, x: torch.Tensor, residual=None, act: str | None = None, gate=None
+) -> torch.Tensor:
+    """`act(norm(conv(x * gate)) + residual)`, as one op where the norm is a BatchNorm."""
     act = norm.act if act is None else act
     if isinstance(norm, BATCH_NORMS):
-        return apply_conv_bn_act(conv, norm, x, act=act, residual=residual)
+        return apply_conv_bn_act(conv, norm, x, act=act, residual=residual, gate=gate)
+    x = x if gate is None else apply_gate(x, gate, inplace=True)
     y = norm(conv(x))  # activated, if the norm has an activation
     y = y if residual is None else y + residual
     return y if norm.act == act else activation(y, act)
@@ -223,13 +233,14 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[N, in_chs, H, W]` to `[N, out_chs, H', W']`, sizes divided by the stride and rounded up."""
-        y = self.se(self.conv2(self.conv1(x)))
+        y = self.conv2(self.conv1(x))
+        gate = self.se.factors(y) if isinstance(self.se, SEModule) else None
         if self.downsample is None:
-            return self.conv3(y, act=self.act)
+            return self.conv3(y, act=self.act, gate=gate)
         shortcut = self.downsample(x)
         if self.training and isinstance(self.drop_path, DropPathAdd):
-            return activation(self.drop_path(shortcut, self.conv3(y)), self.act)
-        return self.conv3(y, residual=shortcut, act=self.act)
+            return activation(self.drop_path(shortcut, self.conv3(y, gate=gate)), self.act)
+        return self.conv3(y, residual=shortcut, act=self.act, gate=gate)
 
 
 class PreBottleneck(nn.Module):

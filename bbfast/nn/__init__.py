@@ -9,7 +9,8 @@ from bbfast.nn.depthwise_conv_bn_act import DepthwiseConvBNAct, apply_depthwise_
 from bbfast.nn.drop_path_add import DropPath, DropPathAdd
 from bbfast.nn.folded_batch_norm import BATCH_NORMS, FoldedBatchNorm2d
 from bbfast.nn.global_response_norm import GlobalResponseNorm
-from bbfast.nn.squeeze_excite import apply_squeeze_excite
+from bbfast.nn.linear_act import LinearAct, apply_linear_act
+from bbfast.nn.squeeze_excite import apply_gate, apply_squeeze_excite, squeeze_excite_gate
 from bbfast.nn.swin_block import SwinBlock
 from bbfast.nn.window_attention import ShiftedWindowAttention, WindowAttention
 
@@ -26,6 +27,7 @@ __all__ = [
     "GlobalResponseNorm",
     "LayerNorm",
     "LayerNorm2d",
+    "LinearAct",
     "RmsNorm",
     "RmsNorm2d",
     "ShiftedWindowAttention",
@@ -37,7 +39,10 @@ __all__ = [
     "apply_add_layer_norm",
     "apply_conv_bn_act",
     "apply_depthwise_conv_bn_act",
+    "apply_gate",
+    "apply_linear_act",
     "apply_squeeze_excite",
     "convert_sync_batchnorm",
+    "squeeze_excite_gate",
     "to_inference_layout",
 ]

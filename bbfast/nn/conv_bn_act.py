@@ -8,7 +8,9 @@ from torch import nn
 from bbfast import dispatch, ops
 from bbfast.nn._batch_norm import batch_norm_arguments
 from bbfast.nn.folded_batch_norm import without_folded
+from bbfast.nn.squeeze_excite import apply_gate
 from bbfast.ops._common import overridable
+from bbfast.ops.conv_bn_act import is_for_kernel
 from bbfast.reference.activation import activation
 
 
@@ -20,8 +22,9 @@ def apply_conv_bn_act(
     act: str,
     padding=None,
     residual: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Runs `act(bn(conv(x)) + residual)` as one op; the modules only lend their parameters and state.
+    """Runs `act(bn(conv(x * gate)) + residual)` as one op; the modules only lend their parameters and state.
 
     Args:
         conv: any groups, zero padding.
@@ -31,6 +34,8 @@ def apply_conv_bn_act(
         act: see `bbfast.ops.conv_bn_act`.
         padding: overrides `conv.padding`, e.g. `"same"` for TensorFlow's rule.
         residual: `[N, O, H', W']`, added before the activation.
+        gate: `[N, C]`, or None for 1. Where the op does not take it along, and no gradients are recorded, x is
+            overwritten with the product.
 
     Raises:
         ValueError: `conv.padding_mode` is not zeros.
@@ -38,6 +43,8 @@ def apply_conv_bn_act(
     if conv.padding_mode != "zeros":
         raise ValueError(f"conv has padding_mode={conv.padding_mode!r}; only 'zeros' is supported")
     bn = without_folded(bn)
+    if gate is not None and not takes_gate(conv, bn, x):
+        x, gate = apply_gate(x, gate, inplace=True), None
     if isinstance(bn, nn.SyncBatchNorm) and (bn.training or bn.running_mean is None):
         # Its statistics come from other processes. A subclass that activates must not do so twice.
         y = nn.SyncBatchNorm.forward(bn, apply_conv_bn_act(conv, None, x, act="identity", padding=padding))
@@ -54,8 +61,16 @@ def apply_conv_bn_act(
         groups=conv.groups,
         act=act,
         residual=residual,
+        gate=gate,
         **settings,
     )
+
+
+def takes_gate(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: torch.Tensor) -> bool:
+    """Whether the kernel of `act(bn(conv(x * gate)))` multiplies by the gate itself."""
+    if torch.is_grad_enabled() or (bn is not None and (bn.training or bn.running_mean is None)):
+        return False
+    return is_for_kernel(x, conv.weight, conv.groups, conv.padding, gated=True)
 
 
 @overridable

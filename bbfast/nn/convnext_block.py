@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from bbfast.nn._arguments import check_bool, check_int, check_positive, check_probability
@@ -13,6 +12,8 @@ from bbfast.nn.channel_norm import LayerNorm
 from bbfast.nn.depthwise_conv_bn_act import apply_depthwise_conv_bn_act
 from bbfast.nn.drop_path_add import DropPathAdd
 from bbfast.nn.global_response_norm import GlobalResponseNorm
+from bbfast.nn.linear_act import apply_linear_act
+from bbfast.ops._common import is_channels_last
 
 
 class ConvNeXtMlp(nn.Module):
@@ -48,15 +49,21 @@ class ConvNeXtMlp(nn.Module):
     def _layer(self, in_dim: int, out_dim: int, factory: dict) -> nn.Module:
         return nn.Conv2d(in_dim, out_dim, 1, **factory) if self.use_conv else nn.Linear(in_dim, out_dim, **factory)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._apply_layer(self.fc2, self.grn(self.act(self._apply_layer(self.fc1, x))))
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, layer_scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Args:
+            x: `[N, H, W, C]`.
+            residual: of x's shape; what layer_scale `[C]` times the result is added to.
+        """
+        x = self.grn(self._apply_layer(self.fc1, x, act=self.act))
+        return self._apply_layer(self.fc2, x, residual=residual, layer_scale=layer_scale)
 
-    def _apply_layer(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if not self.use_conv:
-            return layer(x)
-        if isinstance(layer, nn.Conv2d):
-            return F.linear(x, layer.weight.flatten(1), layer.bias)
-        return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # somebody's, in the place of a convolution
+    def _apply_layer(self, layer: nn.Module, x: torch.Tensor, **after) -> torch.Tensor:
+        if self.use_conv and not isinstance(layer, nn.Conv2d):  # somebody's, in the place of a convolution
+            return apply_linear_act(lambda maps: layer(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), x, **after)
+        return apply_linear_act(layer, x, **after)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -119,5 +126,7 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Takes `[N, C, H, W]` and returns the same shape and memory format."""
         branch = apply_depthwise_conv_bn_act(self.conv_dw, None, x, act="identity")
-        branch = self.mlp(self.norm(branch.permute(0, 2, 3, 1)))
-        return self.drop_path(x, branch.permute(0, 3, 1, 2), self.gamma)
+        branch = self.norm(branch.permute(0, 2, 3, 1))
+        if is_channels_last(x) and not (self.training and self.drop_path.drop_prob):
+            return self.mlp(branch, x.permute(0, 2, 3, 1), self.gamma).permute(0, 3, 1, 2)
+        return self.drop_path(x, self.mlp(branch).permute(0, 3, 1, 2), self.gamma)

@@ -12,28 +12,19 @@ from bbfast.reference.activation import ACTIVATIONS, activation
 GATES = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
 
 
-def apply_squeeze_excite(
-    x: torch.Tensor,
-    squeezed: torch.Tensor,
-    conv_reduce: nn.Conv2d,
-    conv_expand: nn.Conv2d,
-    *,
-    act: str,
-    gate: str,
-    inplace: bool = False,
+def squeeze_excite_gate(
+    squeezed: torch.Tensor, conv_reduce: nn.Conv2d, conv_expand: nn.Conv2d, *, act: str, gate: str
 ) -> torch.Tensor:
-    """`x * gate(conv_expand(act(conv_reduce(squeezed))))`, a factor per sample and channel.
+    """`gate(conv_expand(act(conv_reduce(squeezed))))`, a factor per sample and channel, `[N, C]`.
 
     The 1x1 convolutions of a 1x1 map run as matrix products: on the CPU a convolution spends most of its time
     reordering the weight.
 
     Args:
-        x: `[N, C, H, W]`.
-        squeezed: means of x over H and W, `[N, C]`.
+        squeezed: means of a map over H and W, `[N, C]`.
         conv_reduce, conv_expand: 1x1 convolutions C to R and R to C, no groups.
         act: the activation between them, as in `bbfast.ops`.
         gate: sigmoid or hard_sigmoid.
-        inplace: overwrite x where no gradients are recorded.
 
     Raises:
         ValueError: a convolution that is not 1x1, shapes that do not fit, or an unknown act or gate.
@@ -46,19 +37,46 @@ def apply_squeeze_excite(
     if gate not in GATES:
         raise ValueError(f"gate={gate!r} is not known; allowed: {', '.join(GATES)}")
     reduce, expand = (conv_reduce.weight, conv_reduce.bias), (conv_expand.weight, conv_expand.bias)
-    return _squeeze_excite(x, squeezed, reduce, expand, act, gate, inplace)
+    return _gate(squeezed, reduce, expand, act, gate)
+
+
+def apply_squeeze_excite(
+    x: torch.Tensor,
+    squeezed: torch.Tensor,
+    conv_reduce: nn.Conv2d,
+    conv_expand: nn.Conv2d,
+    *,
+    act: str,
+    gate: str,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """`x` [N, C, H, W] times the `squeeze_excite_gate` of `squeezed`, its means over H and W, `[N, C]`.
+
+    Args:
+        inplace: overwrite x where no gradients are recorded.
+
+    Raises:
+        ValueError: as for `squeeze_excite_gate`.
+    """
+    return apply_gate(x, squeeze_excite_gate(squeezed, conv_reduce, conv_expand, act=act, gate=gate), inplace)
 
 
 @overridable
-def _squeeze_excite(x, squeezed, reduce, expand, act, gate, inplace) -> torch.Tensor:
-    """The same with each convolution as its (weight, bias)."""
-    if squeezed.shape != x.shape[:2]:
-        raise ValueError(f"squeezed must have shape {tuple(x.shape[:2])}, [N, C] of x, got {tuple(squeezed.shape)}")
-    hidden = activation(_linear("conv_reduce", *reduce, squeezed), act)
-    factor = GATES[gate](_linear("conv_expand", *expand, hidden))[:, :, None, None]
+def apply_gate(x: torch.Tensor, gate: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    """`x` [N, C, H, W] times `gate` [N, C]; x is overwritten where `inplace` and no gradients are recorded."""
+    if gate.shape != x.shape[:2]:
+        raise ValueError(f"squeezed must have shape {tuple(x.shape[:2])}, [N, C] of x, got {tuple(gate.shape)}")
+    factor = gate[:, :, None, None]
     if inplace and not torch.is_grad_enabled() and factor.dtype == x.dtype:
         return x.mul_(factor)
     return x * factor
+
+
+@overridable
+def _gate(squeezed, reduce, expand, act, gate) -> torch.Tensor:
+    """The same with each convolution as its (weight, bias)."""
+    hidden = activation(_linear("conv_reduce", *reduce, squeezed), act)
+    return GATES[gate](_linear("conv_expand", *expand, hidden))
 
 
 def _linear(name: str, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:

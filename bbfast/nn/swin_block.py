@@ -9,6 +9,7 @@ from torch import nn
 from bbfast.nn._arguments import check_bool, check_positive, check_probability
 from bbfast.nn.add_layer_norm import apply_add_layer_norm
 from bbfast.nn.drop_path_add import DropPathAdd
+from bbfast.nn.linear_act import apply_linear_act
 from bbfast.nn.window_attention import ShiftedWindowAttention
 from bbfast.ops._common import pair
 
@@ -28,9 +29,13 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim, **factory)
         self.drop = check_probability("drop", drop)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.dropout(F.gelu(self.fc1(x)), self.drop, self.training)
-        return F.dropout(self.fc2(x), self.drop, self.training)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """`[..., dim]` to the same; what `residual` is added to."""
+        x = F.dropout(apply_linear_act(self.fc1, x, act="gelu"), self.drop, self.training)
+        if not (self.drop and self.training):
+            return apply_linear_act(self.fc2, x, residual=residual)
+        x = F.dropout(self.fc2(x), self.drop, self.training)
+        return x if residual is None else residual + x
 
     def extra_repr(self) -> str:
         return f"drop={self.drop}"
@@ -137,6 +142,8 @@ class SwinBlock(nn.Module):
         else:
             x = _add(self.drop_path1, x, branch)
             normalised = self.norm2(x)
+        if isinstance(self.mlp, Mlp) and not (self.training and isinstance(self.drop_path2, DropPathAdd)):
+            return self.mlp(normalised, residual=x)
         return _add(self.drop_path2, x, self.mlp(normalised))
 
 

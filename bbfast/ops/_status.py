@@ -72,15 +72,27 @@ def _depthwise_conv_bn_act(device: str) -> dict[str, tuple]:
 
 
 def _conv_bn_act(device: str) -> dict[str, tuple]:
-    x, weight = _image(device), torch.zeros(8, 8, 1, 1, device=device)
+    dtype = product_dtype(device)
+    x, weight = _image(device).to(dtype), torch.zeros(8, 8, 1, 1, device=device, dtype=dtype)
     geometry = ((1, 1), (0, 0, 0, 0), (1, 1), 1)
-    needs_grad = False
+    gate, needs_grad = None, False
     return {
         "_FORWARD_KERNELS": (
             *(x, weight, None, *_batch_norm(device), None),
-            *(*geometry, 1e-5, "relu", False, needs_grad),
+            *(*geometry, 1e-5, "relu", gate, False, needs_grad),
         )
     }
+
+
+def _linear_act(device: str) -> dict[str, tuple]:
+    dtype = product_dtype(device)
+    x, weight = torch.zeros(4, 8, device=device, dtype=dtype), torch.zeros(8, 8, device=device, dtype=dtype)
+    return {"_FORWARD_KERNELS": (x, weight, None, None, None, "gelu")}
+
+
+def product_dtype(device: str) -> torch.dtype:
+    """What products of matrices have fused kernels for: on a GPU, what its tensor cores take."""
+    return torch.float16 if device == "cuda" else torch.float32
 
 
 def _batch_norm_act(device: str) -> dict[str, tuple]:
@@ -135,6 +147,7 @@ EXAMPLES: dict[str, Callable[[str], dict[str, tuple]]] = {
     "conv_bn_act": _conv_bn_act,
     "batch_norm_act": _batch_norm_act,
     "drop_path_add": _drop_path_add,
+    "linear_act": _linear_act,
     "add_layer_norm": _add_layer_norm,
     "window_partition": _window_partition,
     "window_attention": _window_attention,

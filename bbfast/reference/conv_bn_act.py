@@ -18,6 +18,11 @@ def padded_conv(x, weight, bias, stride, padding, dilation, groups) -> torch.Ten
     return F.conv2d(x, weight, bias, stride, (top, left), dilation, groups)
 
 
+def multiply(x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """x [N, C, H, W] times gate [N, C], None for 1."""
+    return x if gate is None else x * gate[:, :, None, None]
+
+
 def conv_bn_act(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -35,16 +40,17 @@ def conv_bn_act(
     momentum: float,
     eps: float,
     act: str,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`act(batch_norm(conv2d(x)) + residual)`.
+    """`act(batch_norm(conv2d(x * gate)) + residual)`.
 
-    x [N, C, H, W]; weight [O, C / groups, kh, kw]; residual [N, O, H', W'] or None; padding (top, bottom,
-    left, right). Running statistics are updated in place when `training`. Without training and running
+    x [N, C, H, W]; weight [O, C / groups, kh, kw]; residual [N, O, H', W'] or None; gate [N, C] or None; padding (top,
+    bottom, left, right). Running statistics are updated in place when `training`. Without training and running
     statistics there is no normalisation.
 
     Returns:
         y [N, O, H', W'].
     """
-    z = padded_conv(x, weight, bias, stride, padding, dilation, groups)
+    z = padded_conv(multiply(x, gate), weight, bias, stride, padding, dilation, groups)
     y, _, _ = batch_norm(z, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
     return activation(y if residual is None else y + residual, act)

@@ -1,0 +1,83 @@
+"""Linear layer + activation + layer scale + residual as a layer, and for modules that a model keeps apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from bbfast import ops
+from bbfast.reference.activation import activation
+
+_ACTIVATIONS = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu", nn.Identity: "identity"}
+
+
+class LinearAct(nn.Linear):
+    """`residual + layer_scale * act(linear(x))` as one op, with nn.Linear's parameters, keys and initial values.
+
+    Args:
+        in_features, out_features: K and N.
+        bias: whether there is one.
+        act: identity, relu, relu6, hardswish, silu or gelu (erf).
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, act: str = "gelu", device=None, dtype=None
+    ):
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.act = act
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, layer_scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Tensors and result are those of `bbfast.ops.linear_act`."""
+        return ops.linear_act(x, self.weight, self.bias, act=self.act, residual=residual, layer_scale=layer_scale)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act!r}"
+
+
+def apply_linear_act(
+    linear: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    *,
+    act: nn.Module | str = "identity",
+    residual: torch.Tensor | None = None,
+    layer_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`residual + layer_scale * act(linear(x))` as one op, as far as the modules only lend their parameters.
+
+    Args:
+        linear: an nn.Linear, or a 1x1 nn.Conv2d, which only lends its parameters here. Anything else (adapters,
+            quantised layers), and an nn.Linear with hooks, is called.
+        x: `[..., K]`.
+        act: by the ops' name, or a module, which is called unless it is a plain one that the ops know.
+        residual, layer_scale: see `bbfast.ops.linear_act`.
+    """
+    name = act if isinstance(act, str) else _activation_name(act)
+    if name is None:
+        y = act(apply_linear_act(linear, x))
+    elif isinstance(linear, nn.Conv2d) or (type(linear) is nn.Linear and _is_bare(linear)):
+        weight = linear.weight.flatten(1)
+        return ops.linear_act(x, weight, linear.bias, act=name, residual=residual, layer_scale=layer_scale)
+    else:
+        y = activation(linear(x), name)
+    y = y if layer_scale is None else y * layer_scale
+    return y if residual is None else residual + y
+
+
+def _activation_name(act: nn.Module) -> str | None:
+    """The ops' name of a module that does nothing but an activation they know, else None."""
+    if not _is_bare(act):
+        return None
+    if type(act) is nn.GELU:
+        return "gelu" if act.approximate == "none" else None
+    return _ACTIVATIONS.get(type(act))
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether calling it runs its class's forward and nothing else."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in module.__dict__
