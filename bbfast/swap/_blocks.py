@@ -32,6 +32,12 @@ SQUEEZE_EXCITES: dict[
 ] = {}
 
 
+def inner(module: nn.Module, name: str) -> nn.Module | None:
+    """`getattr(module, name, None)`, ten times as quick where that is an inner module: most of these are."""
+    found = module._modules.get(name)
+    return getattr(module, name, None) if found is None else found
+
+
 def activation_name(act: nn.Module | str | None) -> str | None:
     """The ops' name of `act`, which may be that name; "identity" for None, None for one that they do not know."""
     if act is None:
@@ -60,9 +66,10 @@ def lent_identity(name: str, layer: nn.Module | None) -> list[tuple[str, nn.Modu
 def _read_squeeze_excite(squeeze_excite: nn.Module | None):
     read = SQUEEZE_EXCITES.get(type(squeeze_excite))
     parts = None if read is None else read(squeeze_excite)
-    if parts is None or None in parts[1::2] or not (_is_linear(parts[0]) and _is_linear(parts[2])):
+    if parts is None:
         return None
-    return parts
+    reduce, act, expand, gate = parts
+    return None if act is None or gate is None or not (_is_linear(reduce) and _is_linear(expand)) else parts
 
 
 def _is_linear(conv: nn.Module) -> bool:
@@ -94,14 +101,13 @@ def conv_norm_act(
     """
     if type(conv) not in CONVS or not (norm is None or type(norm) in NORMS):  # somebody put others in their places
         return _one_after_the_other(x, conv, norm, act, residual)
-    bn, acts = _read(norm, act)
-    own_act = acts[0]
+    bn, own_act = (None, None) if norm is None else NORMS[type(norm)](norm)
     # A norm's own activation comes before the sum, and the op would narrow a wider residual.
-    if residual is not None and (own_act is not None or not (in_place or _has_autocast_dtype(residual))):
+    if residual is not None and (not _is_identity(own_act) or not (in_place or _has_autocast_dtype(residual))):
         y = conv_norm_act(x, conv, norm, padding=padding)
         y = y.add(residual).to(y.dtype) if in_place else y + residual
         return y if act is None else act(y)
-    name, tails = _split(acts)
+    name, tails = _split(own_act, act)
     x = _in_layout_of_output(x, conv)
     padding = CONVS[type(conv)](conv) if padding is None else padding
     if residual is None and is_depthwise(conv):
@@ -135,8 +141,8 @@ def conv_norm_act_squeeze_excite(
 def _with_means(x: torch.Tensor, conv: nn.Module, norm, act, padding: Padding) -> tuple[torch.Tensor, torch.Tensor]:
     """`act(norm(conv(x)))` and its means over H and W, which a depthwise op has at hand."""
     if type(conv) in CONVS and is_depthwise(conv) and (norm is None or type(norm) in NORMS):
-        bn, acts = _read(norm, act)
-        name, tails = _split(acts)
+        bn, own_act = (None, None) if norm is None else NORMS[type(norm)](norm)
+        name, tails = _split(own_act, act)
         if not tails:
             padding = CONVS[type(conv)](conv) if padding is None else padding
             return apply_depthwise_conv_bn_act(conv, bn, x, act=name, padding=padding, squeeze=True)
@@ -151,23 +157,24 @@ def _one_after_the_other(x: torch.Tensor, conv: nn.Module, norm, act, residual: 
     return y if act is None else act(y)
 
 
-def _read(norm: nn.Module | None, act: nn.Module | None):
-    """(BatchNorm or None, (the activation that norm ends with, act)), with None for activations that do nothing."""
-    bn, own_act = (None, None) if norm is None else NORMS[type(norm)](norm)
-    return bn, tuple(None if activation_name(each) == "identity" else each for each in (own_act, act))
+def _is_identity(act: nn.Module | str | None) -> bool:
+    return act is None or activation_name(act) == "identity"
 
 
-def _split(acts) -> tuple[str, list[nn.Module]]:
+def _split(first: nn.Module | str | None, second: nn.Module | None) -> tuple[str, list[nn.Module]]:
     """(what the op does of these activations, the modules that have to run after it)."""
-    modules = [act for act in acts if act is not None]
-    name = activation_name(modules[0]) if modules else None
-    return ("identity", modules) if name is None else (name, modules[1:])
+    if _is_identity(first):
+        first, second = second, None
+    name = activation_name(first)
+    tails = [] if _is_identity(second) else [second]
+    return ("identity", [first, *tails]) if name is None else (name, tails)
 
 
 def _in_layout_of_output(x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
     """torch's convolutions return channels_last if either x or the weight is; ours go by x."""
-    channels_last = torch.channels_last
-    if conv.weight.is_contiguous() or not conv.weight.is_contiguous(memory_format=channels_last):
+    weight, channels_last = conv._parameters.get("weight"), torch.channels_last
+    weight = conv.weight if weight is None else weight  # it takes ten times as long
+    if weight.is_contiguous() or not weight.is_contiguous(memory_format=channels_last):
         return x
     return x.contiguous(memory_format=channels_last) if x.is_contiguous() else x
 

@@ -76,7 +76,9 @@ class Fast:
         )
 
     def _can_bypass(self) -> bool:
-        if _fingerprint.replaced_methods(self, self.methods_read) or _misplaced_drops(self, self.drops):
+        if self.methods_read and _fingerprint.replaced_methods(self, self.methods_read):
+            return False
+        if self.drops and _misplaced_drops(self, self.drops):
             return False
         if not self.asked_once and self.objections(self):
             return False

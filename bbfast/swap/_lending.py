@@ -7,6 +7,7 @@ modules mean in the words of the ops: `conv`, `norm`, `activation`, `drop_path`,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -41,8 +42,23 @@ class Lender:
     ready: Callable[[nn.Module], bool] | None
     methods_read: tuple[str, ...]
 
+    @property
+    def is_asked_nothing(self) -> bool:
+        """Whether a module of the class can lend in every call unless something hangs on its own."""
+        asked_objections = None if self.asked_once else self.objections
+        return not (asked_objections or self.inner or self.ready or self.methods_read)
+
+    def can_lend_now(self, module: nn.Module) -> bool:
+        """Whether a module of the class can, its inner modules aside."""
+        if self.methods_read and _fingerprint.replaced_methods(module, self.methods_read):
+            return False
+        if self.ready is not None and not self.ready(module):
+            return False
+        return self.objections is None or self.asked_once or not self.objections(module)
+
 
 _lenders: dict[type[nn.Module], Lender] = {}
+_asked_nothing: set[type[nn.Module]] = set()  # those of them that are
 
 
 def lender(
@@ -57,7 +73,9 @@ def lender(
 ) -> None:
     """Says that modules of exactly this class can lend; see `Lender`."""
     methods = _fingerprint.methods_read(cls, relies_on)
-    _lenders[cls] = Lender(objections, asked_once, inner, read_as or cls, relies_on, ready, methods)
+    entry = Lender(objections, asked_once, inner, read_as or cls, relies_on, ready, methods)
+    _lenders[cls] = entry
+    (_asked_nothing.add if entry.is_asked_nothing else _asked_nothing.discard)(cls)
     if cls.__module__.startswith("torch."):
         _fingerprint.remember_torch_forward(cls)
 
@@ -69,26 +87,41 @@ def code_read() -> list[tuple[type[nn.Module], tuple[str, ...]]]:
 
 # ---- in each call ----------------------------------------------------------------------------------------
 
+# This is most of what a swapped block costs beside its ops. So it reads `module.__dict__`, as attributes take twice as
+# long where modules are of many classes, and calls nothing where there is nothing to ask.
+
 
 def can_lend(modules: Iterable[nn.Module | None]) -> bool:
     """Whether all of them may still be bypassed: what can change after a swap, asked in each call."""
-    return not _has_global_hooks() and all(module is None or _can_lend(module) for module in modules)
-
-
-def _can_lend(module: nn.Module) -> bool:
-    entry = _lenders.get(type(module))
-    if entry is None or has_own_call(module) or _fingerprint.replaced_methods(module, entry.methods_read):
+    if _has_global_hooks():
         return False
-    if not (entry.ready is None or entry.ready(module)):
-        return False
-    if entry.objections is not None and not entry.asked_once and entry.objections(module):
-        return False
-    return entry.inner is None or all(inner is None or _can_lend(inner) for _, inner in entry.inner(module))
+    waiting = [module for module in modules if module is not None]
+    for module in waiting:  # grows by their inner modules
+        cls = type(module)
+        if cls in _asked_nothing:
+            continue
+        entry = _lenders.get(cls)
+        if entry is None or not entry.can_lend_now(module):
+            return False
+        if entry.inner is not None:
+            waiting += [inner for _, inner in entry.inner(module) if inner is not None]
+    return not have_own_call(waiting)
 
 
-def has_own_call(module: nn.Module) -> bool:
-    """Whether something of this one module's, beside its class's forward, runs when it is called."""
-    return has_hooks(module) or "forward" in module.__dict__
+def have_own_call(modules: Iterable[nn.Module]) -> bool:
+    """Whether for one of these modules itself something beside its class's forward runs when it is called."""
+    for module in modules:
+        state = module.__dict__
+        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+            return True
+        if state["_backward_hooks"] or state["_backward_pre_hooks"]:
+            return True
+    return torch.compiler.is_compiling() and any(_forward_is_replaced(module) for module in modules)
+
+
+def _forward_is_replaced(module: nn.Module) -> bool:
+    """For dynamo, which makes no guard of `"forward" in module.__dict__` and would miss one that comes later."""
+    return not inspect.ismethod(module.forward)
 
 
 def has_hooks(module: nn.Module) -> bool:

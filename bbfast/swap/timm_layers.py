@@ -22,6 +22,7 @@ from bbfast.swap._blocks import (
     activation_name,
     conv_norm_act,
     conv_norm_act_squeeze_excite,
+    inner,
     lent_activation,
 )
 from bbfast.swap._fast import Fast, register
@@ -52,18 +53,19 @@ for cls, name in (
 
 def _norm_objections(norm: BatchNormAct2d) -> list[str]:
     drop = norm._modules.get("drop")
-    if not (drop is None or type(drop) is nn.Identity):
+    if type(drop) is not nn.Identity and drop is not None:
         return [f"drops values between norm and activation ({type(drop).__name__})"]
     return []
 
 
-def _lent_by_norm(norm: BatchNormAct2d) -> list[tuple[str, nn.Module]]:
-    return lent_activation("act", norm._modules.get("act"))
+def _lent_by_norm(norm: BatchNormAct2d) -> list[tuple[str, nn.Module | None]]:
+    inside = norm._modules
+    return [("drop", inside.get("drop")), *lent_activation("act", inside.get("act"))]
 
 
 for cls in (BatchNormAct2d, SyncBatchNormAct):
     lender(cls, objections=_norm_objections, inner=_lent_by_norm)
-    NORMS[cls] = lambda norm: (norm, getattr(norm, "act", None))
+    NORMS[cls] = lambda norm: (norm, inner(norm, "act"))
 
 
 def _mask(drop_path: DropPath, branch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -90,8 +92,6 @@ for cls in GATES:
 @register
 class FastBatchNormAct2d(Fast, BatchNormAct2d):
     """BatchNorm and activation as one op."""
-
-    lends = ("drop",)
 
     @classmethod
     def concerns(cls, block):
@@ -134,7 +134,7 @@ def lent_conv_norm_act(name: str, layer: nn.Module | None) -> list[tuple[str, nn
     """What a fast class has to say that it lends if it gives `layer` to `run_conv_norm_act`."""
     if not _is_conv_norm_act(layer):
         return []
-    return [(name, layer), (f"{name}.conv", layer.conv), (f"{name}.bn", layer.bn)]
+    return [(name, layer), (f"{name}.conv", inner(layer, "conv")), (f"{name}.bn", inner(layer, "bn"))]
 
 
 def run_conv_norm_act(
@@ -163,10 +163,11 @@ def _is_conv_norm_act(layer: nn.Module | None) -> bool:
 
 
 def _parts_of_squeeze_excite(se: SEModule):
-    if se.add_maxpool or type(se.bn) is not nn.Identity:
+    if se.add_maxpool or type(inner(se, "bn")) is not nn.Identity:
         return None
-    return se.fc1, activation_name(se.act), se.fc2, GATES.get(type(se.gate))
+    act, gate = inner(se, "act"), inner(se, "gate")
+    return inner(se, "fc1"), activation_name(act), inner(se, "fc2"), GATES.get(type(gate))
 
 
-lender(SEModule, inner=lambda se: [(name, getattr(se, name)) for name in ("fc1", "bn", "act", "fc2", "gate")])
+lender(SEModule, inner=lambda se: [(name, inner(se, name)) for name in ("fc1", "bn", "act", "fc2", "gate")])
 SQUEEZE_EXCITES[SEModule] = _parts_of_squeeze_excite

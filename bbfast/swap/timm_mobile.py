@@ -25,6 +25,7 @@ from bbfast.swap._blocks import (
     conv_norm_act_squeeze_excite,
     conv_norm_add,
     draws,
+    inner,
     lent_identity,
     lent_squeeze_excite,
 )
@@ -39,10 +40,10 @@ lender(
     inner=lambda se: [(name, se._modules[name]) for name in ("conv_reduce", "act1", "conv_expand", "gate")],
 )
 SQUEEZE_EXCITES[SqueezeExcite] = lambda se: (
-    se.conv_reduce,
-    activation_name(se.act1),
-    se.conv_expand,
-    GATES.get(type(se.gate)),
+    inner(se, "conv_reduce"),
+    activation_name(inner(se, "act1")),
+    inner(se, "conv_expand"),
+    GATES.get(type(inner(se, "gate"))),
 )
 
 # ---- blocks ------------------------------------------------------------------------------------------------
@@ -57,7 +58,7 @@ class FastConvBnAct(Fast, ConvBnAct):
 
     @classmethod
     def lent(cls, block):
-        return [*super().lent(block), *lent_identity("aa", block.aa)]
+        return [*super().lent(block), *lent_identity("aa", inner(block, "aa"))]
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.has_skip and type(self.aa) is nn.Identity:
@@ -71,7 +72,8 @@ class _WithSqueezeExcite(Fast):
 
     @classmethod
     def lent(cls, block):
-        return [*super().lent(block), *lent_identity("aa", block.aa), *lent_squeeze_excite("se", block.se)]
+        aa, squeeze_excite = inner(block, "aa"), inner(block, "se")
+        return [*super().lent(block), *lent_identity("aa", aa), *lent_squeeze_excite("se", squeeze_excite)]
 
     def _space_to_depth(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.conv_s2d is None else conv_norm_act(x, self.conv_s2d, self.bn_s2d)

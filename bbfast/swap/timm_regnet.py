@@ -12,6 +12,7 @@ from bbfast.swap._blocks import (
     conv_norm_act_squeeze_excite,
     draw_mask,
     draws,
+    inner,
     lent_activation,
     lent_identity,
     lent_squeeze_excite,
@@ -28,9 +29,9 @@ class FastBottleneck(Fast, Bottleneck):
 
     @classmethod
     def lent(cls, block):
-        layers = [*lent_conv_norm_act("conv2", block.conv2), *lent_conv_norm_act("conv3", block.conv3)]
-        acts = lent_activation("act3", block.act3)
-        return [*super().lent(block), *layers, *lent_squeeze_excite("se", block.se), *acts]
+        conv2, conv3, se, act = (inner(block, name) for name in ("conv2", "conv3", "se", "act3"))
+        layers = [*lent_conv_norm_act("conv2", conv2), *lent_conv_norm_act("conv3", conv3)]
+        return [*super().lent(block), *layers, *lent_squeeze_excite("se", se), *lent_activation("act3", act)]
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         y = run_conv_norm_act_squeeze_excite(self.conv1(x), self.conv2, self.se)
@@ -52,10 +53,10 @@ class FastPreBottleneck(Fast, PreBottleneck):
     @classmethod
     def lent(cls, block):
         # Squeeze-and-excite stands between the second convolution and the norm, which then runs itself.
-        plain = lent_identity("se", block.se)
-        norm = [("norm3", block.norm3)] if plain else []
-        squeeze_excite = lent_squeeze_excite("se", block.se)
-        return [*super().lent(block), *norm, *plain, *squeeze_excite, ("conv3", block.conv3)]
+        se, norm, conv = (inner(block, name) for name in ("se", "norm3", "conv3"))
+        plain = lent_identity("se", se)
+        lent_norm = [("norm3", norm)] if plain else []
+        return [*super().lent(block), *lent_norm, *plain, *lent_squeeze_excite("se", se), ("conv3", conv)]
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm1(x)

@@ -15,6 +15,7 @@ from bbfast.swap._blocks import (
     conv_norm_act_squeeze_excite,
     draw_mask,
     draws,
+    inner,
     lent_activation,
     lent_squeeze_excite,
 )
@@ -34,10 +35,11 @@ class _Residual(Fast):
     def lent(cls, block):
         lent = list(super().lent(block))
         for name in ("act1", "act2", "act3"):
-            lent += lent_activation(name, getattr(block, name, None))
-        if type(block.drop_block) in (nn.Identity, DropBlock2d):
-            lent.append(("drop_block", block.drop_block))
-        return [*lent, *lent_squeeze_excite("se", block.se)]
+            lent += lent_activation(name, inner(block, name))
+        drop_block = inner(block, "drop_block")
+        if type(drop_block) in (nn.Identity, DropBlock2d):
+            lent.append(("drop_block", drop_block))
+        return [*lent, *lent_squeeze_excite("se", inner(block, "se"))]
 
     def _middle(self, x: torch.Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module) -> torch.Tensor:
         """`aa(act(drop_block(norm(conv(x)))))`"""
@@ -111,8 +113,9 @@ class FastResNet(Fast, ResNet):
 
     @classmethod
     def lent(cls, block):
-        conv = [("conv1", block.conv1)] if type(block.conv1) in CONVS else []
-        return [*conv, ("bn1", block.bn1), *lent_activation("act1", block.act1)]
+        conv, norm, act = (inner(block, name) for name in ("conv1", "bn1", "act1"))
+        lent_conv = [("conv1", conv)] if type(conv) in CONVS else []
+        return [*lent_conv, ("bn1", norm), *lent_activation("act1", act)]
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self._features(self._stem(x)))

@@ -11,7 +11,7 @@ from bbfast import dispatch, ops
 from bbfast.reference.window_attention import Windows, relative_position_index
 from bbfast.swap._blocks import add_branch, draw_mask
 from bbfast.swap._fast import Fast, register, unsupported
-from bbfast.swap._lending import has_own_call, lender
+from bbfast.swap._lending import have_own_call, lender
 
 PAD_ORDER = "shift_then_pad"
 MASK_VALUE = -100.0
@@ -29,7 +29,7 @@ def _attention_objections(attn: WindowAttention) -> list[str]:
     reasons = [
         f"has hooks or a forward of its own on its {name}, which would get a map instead of windows"
         for name in CALLED_BY_ATTENTION
-        if has_own_call(getattr(attn, name))
+        if have_own_call([getattr(attn, name)])
     ]
     index = attn.relative_position_index
     if not index.is_meta and not torch.equal(index, relative_position_index(attn.window_size, index.device)):
@@ -57,7 +57,7 @@ def _why_windows_are_needed(attn: WindowAttention, is_padded: bool) -> str | Non
         return f"attn_drop={attn.attn_drop.p} in training; no backend drops attention weights"
     for name in CALLED_BY_ATTENTION:
         module = getattr(attn, name)
-        if has_own_call(module):
+        if have_own_call([module]):
             return f"{name} has hooks or a forward of its own, which take windows"
         if _draws(module):
             return f"{name} drops values at random, and would draw others for pixels in another order"

@@ -73,25 +73,25 @@ def runs(layers: nn.Sequential) -> list[Run]:
 
 def runs_in(layers: Iterable[nn.Module]) -> list[Run]:
     """`runs` of layers that need not be in one module."""
-    found, rest = [], list(layers)
-    while rest:
-        run = _run_at_start_of(rest)
-        found.append(run or (None, None, rest[0]))
-        del rest[: len([layer for layer in found[-1] if layer is not None])]
+    layers = [*layers, None, None]  # so that every layer has two behind it
+    found, at = [], 0
+    while at < len(layers) - 2:
+        conv, norm, act = run = _run_at_start_of(*layers[at : at + 3])
+        found.append(run)
+        at += (conv is not None) + (norm is not None) + (act is not None)
     return found
 
 
-def _run_at_start_of(layers: list[nn.Module]):
-    """(convolution or None, norm, activation or None) that fuse, or None if the first layer stands alone."""
-    conv = layers[0] if type(layers[0]) in CONVS else None
-    norm, act = (*layers[conv is not None :][:2], None, None)[:2]
+def _run_at_start_of(first: nn.Module, second: nn.Module | None, third: nn.Module | None) -> Run:
+    """(convolution or None, norm, activation or None) that fuse, or (None, None, first) if it stands alone."""
+    conv, norm, act = (first, second, third) if type(first) in CONVS else (None, first, second)
     if type(norm) not in NORMS or type(norm) is nn.Identity:
-        return None
+        return None, None, first
     bn, own_act = NORMS[type(norm)](norm)
     if own_act is not None or type(act) not in ACTIVATIONS or activation_name(act) is None:
         act = None
     if conv is None and (bn is None or act is None or own_act is not None):  # nothing to fuse with
-        return None
+        return None, None, first
     return conv, norm, act
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from bbfast.swap._blocks import (
     conv_norm_act,
     conv_norm_act_squeeze_excite,
     draws,
+    inner,
     is_depthwise,
     lent_squeeze_excite,
 )
@@ -84,9 +84,10 @@ for cls in (*GATES, nn.AdaptiveAvgPool2d):
 
 def _read_squeeze_excite(block: SqueezeExcitation):
     """A module that is not what torchvision makes it has no name, so the block runs itself."""
-    mean = type(block.avgpool) is nn.AdaptiveAvgPool2d and block.avgpool.output_size in (1, (1, 1))
-    act = activation_name(block.activation) if mean else None
-    return block.fc1, act, block.fc2, GATES.get(type(block.scale_activation))
+    pool = inner(block, "avgpool")
+    mean = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1))
+    act = activation_name(inner(block, "activation")) if mean else None
+    return inner(block, "fc1"), act, inner(block, "fc2"), GATES.get(type(inner(block, "scale_activation")))
 
 
 lender(
@@ -131,8 +132,12 @@ class Step(NamedTuple):
 
 def steps_of(layers: nn.Module) -> list[Step]:
     """What `layers` does, in order."""
+    return _steps_of(_opened("", layers))
+
+
+def _steps_of(opened: list[tuple[str, nn.Module]]) -> list[Step]:
     steps: list[Step] = []
-    for conv, norm, act in runs_in(layer for _, layer in _opened("", layers) if type(layer) not in SEQUENCES):
+    for conv, norm, act in runs_in([layer for _, layer in opened if type(layer) not in SEQUENCES]):
         if norm is None and steps and _gives_means(steps[-1]) and lent_squeeze_excite("", act):
             steps[-1] = steps[-1]._replace(squeeze_excite=act)
         else:
@@ -142,16 +147,19 @@ def steps_of(layers: nn.Module) -> list[Step]:
 
 def lent_by_sequence(path: str, layers: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of what does not run when the steps of `layers` do: it, those inside it, and what ops read."""
-    fused = {id(layer) for step in steps_of(layers) if step.norm is not None for layer in step}
-    return [(name, layer) for name, layer in _opened(path, layers) if type(layer) in SEQUENCES or id(layer) in fused]
+    opened = _opened(path, layers)
+    fused = {id(layer) for step in _steps_of(opened) if step.norm is not None for layer in step}
+    return [(name, layer) for name, layer in opened if type(layer) in SEQUENCES or id(layer) in fused]
 
 
-def _opened(path: str, layers: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _opened(path: str, layers: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of `layers` and everything in it, down to what is not a sequence."""
-    yield path, layers
+    found = [(path, layers)]
     if type(layers) in SEQUENCES:
         for name, layer in layers._modules.items():
-            yield from _opened(f"{path}.{name}", layer)
+            inside = f"{path}.{name}"
+            found += _opened(inside, layer) if type(layer) in SEQUENCES else [(inside, layer)]
+    return found
 
 
 def _gives_means(step: Step) -> bool:
@@ -208,18 +216,18 @@ class AroundSequence(Fast):
 
     @classmethod
     def concerns(cls, block: nn.Module) -> bool:
-        return any(step.norm is not None for step in steps_of(getattr(block, cls.sequence)))
+        return any(step.norm is not None for step in steps_of(inner(block, cls.sequence)))
 
     @classmethod
     def lent(cls, block: nn.Module):
-        return [*super().lent(block), *lent_by_sequence(cls.sequence, getattr(block, cls.sequence))]
+        return [*super().lent(block), *lent_by_sequence(cls.sequence, inner(block, cls.sequence))]
 
 
 def misplaced(block: nn.Module, convs: tuple[str, ...], norms: tuple[str, ...]) -> list[str]:
     """Objections to modules under these names that are known, but not as what they stand for here."""
-    return [
-        f"{name} holds {type(getattr(block, name)).__name__}, not a {kind}"
-        for names, kind, known in ((convs, "convolution", CONVS), (norms, "norm", NORMS))
-        for name in names
-        if type(getattr(block, name)) not in known
-    ]
+    found = []
+    for names, kind, known in ((convs, "convolution", CONVS), (norms, "norm", NORMS)):
+        for name in names:
+            if type(inner(block, name)) not in known:
+                found.append(f"{name} holds {type(inner(block, name)).__name__}, not a {kind}")
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3, regnet
 
-from bbfast.swap._blocks import lent_activation
+from bbfast.swap._blocks import inner, lent_activation
 from bbfast.swap._fast import register
 from bbfast.swap.torch_nn import FusedRuns
 from bbfast.swap.torchvision_layers import AroundSequence, run_sequence, sequence
@@ -82,7 +82,7 @@ class FastResBottleneckBlock(AroundSequence, regnet.ResBottleneckBlock):
 
     @classmethod
     def lent(cls, block):
-        return [*super().lent(block), *lent_activation("activation", block.activation)]
+        return [*super().lent(block), *lent_activation("activation", inner(block, "activation"))]
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.proj is None else self.proj(x)

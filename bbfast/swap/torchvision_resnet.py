@@ -9,7 +9,7 @@ from torchvision.models import densenet, inception, resnet
 from torchvision.models.googlenet import BasicConv2d  # torchvision.models.googlenet also is a function
 from torchvision.models.segmentation import deeplabv3, fcn
 
-from bbfast.swap._blocks import activation_name, conv_norm_act, lent_activation
+from bbfast.swap._blocks import activation_name, conv_norm_act, inner, lent_activation
 from bbfast.swap._fast import Fast, register
 from bbfast.swap.torch_nn import FusedRuns, norm_act
 from bbfast.swap.torchvision_layers import misplaced
@@ -18,16 +18,18 @@ from bbfast.swap.torchvision_layers import misplaced
 
 
 class _WithRelu(Fast):
-    """What ResNet and its blocks share; `relu` runs itself where somebody put in one that ops do not know."""
+    """What ResNet and its blocks share: `lends` are convolutions, each with its norm behind it.
+
+    `relu` runs itself where somebody put in one that ops do not know.
+    """
 
     @classmethod
     def lent(cls, block):
-        return [*super().lent(block), *lent_activation("relu", block.relu)]
+        return [*super().lent(block), *lent_activation("relu", inner(block, "relu"))]
 
     @classmethod
     def objections(cls, block):
-        names = {kind: tuple(name for name in cls.lends if name.startswith(kind)) for kind in ("conv", "bn")}
-        return misplaced(block, convs=names["conv"], norms=names["bn"])
+        return misplaced(block, convs=cls.lends[::2], norms=cls.lends[1::2])
 
 
 @register
@@ -82,10 +84,10 @@ class FastDenseLayer(Fast, densenet._DenseLayer):
 
     @classmethod
     def objections(cls, block):
-        unknown = [name for name in ("relu1", "relu2") if activation_name(getattr(block, name)) is None]
+        unknown = [name for name in ("relu1", "relu2") if activation_name(inner(block, name)) is None]
         reasons = [f"{name} is a {type(getattr(block, name)).__name__}, which no op knows" for name in unknown]
         reasons += misplaced(block, convs=("conv1",), norms=("norm1", "norm2"))
-        if type(block.norm1) is nn.Identity:
+        if type(inner(block, "norm1")) is nn.Identity:
             reasons.append("norm1 is an Identity, so that there is nothing to fuse with relu1")
         return reasons
 
