@@ -11,13 +11,17 @@ import swap_parity
 import torch
 from timm.layers import BatchNormAct2d
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
+from timm.models.convnext import ConvNeXtBlock
 from timm.models.regnet import Bottleneck
 from timm.models.resnet import BasicBlock, downsample_conv
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 from torch.nn.utils import parametrize
-from torchvision.models import efficientnet, resnet
+from torchvision.models import efficientnet, resnet, swin_transformer
+from torchvision.models.convnext import CNBlock
 
 import bbfast
+from bbfast import ops
 from bbfast.swap import _fast
 
 pytestmark = pytest.mark.usefixtures("reference_backend", "one_thread")
@@ -44,9 +48,30 @@ def torchvision_resnet() -> nn.Module:
     return resnet.BasicBlock(8, 8)
 
 
+def timm_convnext() -> nn.Module:
+    return ConvNeXtBlock(8, ls_init_value=1.0)
+
+
+def timm_swin() -> nn.Module:
+    return SwinTransformerBlock(10, (8, 12), num_heads=2, window_size=4, shift_size=2)
+
+
+def torchvision_convnext() -> nn.Module:
+    return CNBlock(8, 1.0, 0.0)
+
+
+def torchvision_swin() -> nn.Module:
+    return swin_transformer.SwinTransformerBlock(10, 2, [4, 4], [2, 2])
+
+
 BLOCKS = (timm_mobile, timm_resnet, timm_regnet, torchvision_mobile, torchvision_resnet, partial(BatchNormAct2d, 8))
 NAMES = ("mobile", "resnet", "regnet", "tv mobile", "tv resnet", "norm")
 blocks = pytest.mark.parametrize("make", BLOCKS, ids=NAMES)
+# Their perceptrons are ops, or run themselves where somebody wants something of them.
+PERCEPTRONS = (timm_convnext, timm_swin, torchvision_convnext, torchvision_swin)
+blocks_of_all_kinds = pytest.mark.parametrize(
+    "make", [*BLOCKS, *PERCEPTRONS], ids=[*NAMES, *(make.__name__ for make in PERCEPTRONS)]
+)
 
 
 def swapped(make) -> nn.Module:
@@ -84,7 +109,7 @@ def called(block: nn.Module) -> list[str]:
     return sorted(set(found))
 
 
-@blocks
+@blocks_of_all_kinds
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
 def test_hooks_on_any_inner_module(make, kind):
     block, paths = swapped(make), called(make())
@@ -100,15 +125,15 @@ def test_hooks_on_any_inner_module(make, kind):
         assert not seen, path
 
 
-@blocks
+@blocks_of_all_kinds
 def test_a_forward_on_any_inner_module(make):
     block = swapped(make)
     for path in called(make()):
         seen, module = [], block.get_submodule(path)
 
-        def forward(self, *args, seen=seen):
+        def forward(self, *args, seen=seen, **named):
             seen.append(1)
-            return type(self).forward(self, *args)
+            return type(self).forward(self, *args, **named)
 
         module.forward = types.MethodType(forward, module)
         run(block)
@@ -126,7 +151,7 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
-@pytest.mark.parametrize("make", BLOCKS[:-1], ids=NAMES[:-1])
+@pytest.mark.parametrize("make", [*BLOCKS[:-1], *PERCEPTRONS], ids=lambda make: make.__name__)
 def test_a_parametrization_of_any_weight(make):
     block = swapped(make)
     paths = [path for path in called(make()) if "weight" in block.get_submodule(path)._parameters]
@@ -170,6 +195,30 @@ def test_tensors_and_settings_are_those_of_the_call(make):
         expected, found = run_plainly(block), run(block)
         torch.testing.assert_close(found, expected)
         assert not torch.allclose(found, before), change.__name__
+
+
+@pytest.mark.parametrize("make", PERCEPTRONS, ids=lambda make: make.__name__)
+def test_a_layer_in_the_place_of_another(make):
+    """As adapters and quantisation put them there: they are called."""
+    block = swapped(make)
+    layers = [path for path, module in block.named_modules() if type(module) is nn.Linear and module.out_features > 30]
+    assert layers
+    for path in layers:
+        layer, seen = block.get_submodule(path), []
+        wrapped = nn.Sequential(layer)
+        wrapped.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        block.set_submodule(path, wrapped)
+        torch.testing.assert_close(run(block), run_plainly(block))
+        assert len(seen) == 2, path
+
+
+@pytest.mark.parametrize("make", PERCEPTRONS, ids=lambda make: make.__name__)
+def test_the_perceptron_is_two_ops(make, monkeypatch):
+    calls, linear_act = [], ops.linear_act
+    monkeypatch.setattr(ops, "linear_act", lambda *args, **named: calls.append(named) or linear_act(*args, **named))
+    swapped(make)
+    first, second = calls
+    assert first["act"] == "gelu" and first["residual"] is None and second["residual"] is not None
 
 
 def test_a_hook_in_the_innermost_module_compiles_anew():

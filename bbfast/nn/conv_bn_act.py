@@ -70,6 +70,8 @@ def takes_gate(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: torch.Tensor) -> b
     """Whether the kernel of `act(bn(conv(x * gate)))` multiplies by the gate itself."""
     if torch.is_grad_enabled() or (bn is not None and (bn.training or bn.running_mean is None)):
         return False
+    if not isinstance(x, torch.Tensor):  # symbolic tracing knows no layouts
+        return False
     return is_for_kernel(x, conv.weight, conv.groups, conv.padding, gated=True)
 
 

@@ -127,6 +127,7 @@ class ConvNeXtBlock(nn.Module):
         """Takes `[N, C, H, W]` and returns the same shape and memory format."""
         branch = apply_depthwise_conv_bn_act(self.conv_dw, None, x, act="identity")
         branch = self.norm(branch.permute(0, 2, 3, 1))
-        if is_channels_last(x) and not (self.training and self.drop_path.drop_prob):
+        # Symbolic tracing knows no layouts.
+        if isinstance(x, torch.Tensor) and is_channels_last(x) and not (self.training and self.drop_path.drop_prob):
             return self.mlp(branch, x.permute(0, 2, 3, 1), self.gamma).permute(0, 3, 1, 2)
         return self.drop_path(x, self.mlp(branch).permute(0, 3, 1, 2), self.gamma)

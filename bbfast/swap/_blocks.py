@@ -6,12 +6,14 @@ Adapters say what their library's modules mean by entering readers into the tabl
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from bbfast import ops
-from bbfast.nn import apply_conv_bn_act, apply_depthwise_conv_bn_act, apply_squeeze_excite
+from bbfast.nn import apply_conv_bn_act, apply_depthwise_conv_bn_act, apply_gate, apply_linear_act, squeeze_excite_gate
+from bbfast.swap._lending import can_lend, have_own_call
 
 Padding = str | tuple[int, int, int, int] | None  # in the words of the ops; None for the convolution's own
 
@@ -36,6 +38,12 @@ def inner(module: nn.Module, name: str) -> nn.Module | None:
     """`getattr(module, name, None)`, ten times as quick where that is an inner module: most of these are."""
     found = module._modules.get(name)
     return getattr(module, name, None) if found is None else found
+
+
+# (first layer, activation, second layer, what stands around them and does nothing outside of training).
+PERCEPTRONS: dict[
+    type[nn.Module], Callable[[nn.Module], tuple[nn.Module, nn.Module, nn.Module, list[nn.Module]] | None]
+] = {}
 
 
 def activation_name(act: nn.Module | str | None) -> str | None:
@@ -82,8 +90,22 @@ def _is_linear(conv: nn.Module) -> bool:
 # ---- convolutions ------------------------------------------------------------------------------------------
 
 
+class Gated(NamedTuple):
+    """Maps `[N, C, H, W]` that whoever takes them multiplies by `gate` [N, C]; they may be overwritten then."""
+
+    maps: torch.Tensor
+    gate: torch.Tensor
+
+    def product(self) -> torch.Tensor:
+        return apply_gate(self.maps, self.gate, inplace=True)
+
+
+def product(x: torch.Tensor | Gated) -> torch.Tensor:
+    return x.product() if isinstance(x, Gated) else x
+
+
 def conv_norm_act(
-    x: torch.Tensor,
+    x: torch.Tensor | Gated,
     conv: nn.Module,
     norm: nn.Module | None = None,
     act: nn.Module | None = None,
@@ -100,7 +122,7 @@ def conv_norm_act(
         padding: takes the place of the convolution's own.
     """
     if type(conv) not in CONVS or not (norm is None or type(norm) in NORMS):  # somebody put others in their places
-        return _one_after_the_other(x, conv, norm, act, residual)
+        return _one_after_the_other(product(x), conv, norm, act, residual)
     bn, own_act = (None, None) if norm is None else NORMS[type(norm)](norm)
     # A norm's own activation comes before the sum, and the op would narrow a wider residual.
     if residual is not None and (not _is_identity(own_act) or not (in_place or _has_autocast_dtype(residual))):
@@ -108,34 +130,38 @@ def conv_norm_act(
         y = y.add(residual).to(y.dtype) if in_place else y + residual
         return y if act is None else act(y)
     name, tails = _split(own_act, act)
+    x, gate = x if isinstance(x, Gated) else (x, None)
     x = _in_layout_of_output(x, conv)
     padding = CONVS[type(conv)](conv) if padding is None else padding
-    if residual is None and is_depthwise(conv):
+    if residual is None and gate is None and is_depthwise(conv):
         y = apply_depthwise_conv_bn_act(conv, bn, x, act=name, padding=padding)
     else:
-        y = apply_conv_bn_act(conv, bn, x, act=name, padding=padding, residual=residual)
+        y = apply_conv_bn_act(conv, bn, x, act=name, padding=padding, residual=residual, gate=gate)
     for tail in tails:
         y = tail(y)
     return y
 
 
 def conv_norm_act_squeeze_excite(
-    x: torch.Tensor,
+    x: torch.Tensor | Gated,
     conv: nn.Module,
     norm: nn.Module | None,
     act: nn.Module | None,
     squeeze_excite: nn.Module | None,
     *,
     padding: Padding = None,
-) -> torch.Tensor:
-    """`squeeze_excite(act(norm(conv(x))))`; a depthwise convolution hands out the means that it needs."""
+) -> torch.Tensor | Gated:
+    """`squeeze_excite(act(norm(conv(x))))`; a depthwise convolution hands out the means that it needs.
+
+    What comes back is for `conv_norm_act`, which may take the gate along; for anybody else there is `product`.
+    """
     parts = _read_squeeze_excite(squeeze_excite)
     if parts is None:
         y = conv_norm_act(x, conv, norm, act, padding=padding)
         return y if squeeze_excite is None else squeeze_excite(y)
-    y, means = _with_means(x, conv, norm, act, padding)
+    y, means = _with_means(product(x), conv, norm, act, padding)
     reduce, inner_act, expand, gate = parts
-    return apply_squeeze_excite(y, means, reduce, expand, act=inner_act, gate=gate, inplace=True)
+    return Gated(y, squeeze_excite_gate(means, reduce, expand, act=inner_act, gate=gate))
 
 
 def _with_means(x: torch.Tensor, conv: nn.Module, norm, act, padding: Padding) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,6 +215,53 @@ def is_depthwise(conv: nn.Module) -> bool:
     return conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
 
 
+# ---- perceptrons -------------------------------------------------------------------------------------------
+
+
+def add_perceptron(
+    shortcut: torch.Tensor,
+    x: torch.Tensor,
+    mlp: nn.Module,
+    drop_path: nn.Module | None,
+    layer_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`shortcut + drop_path(mlp(x) * layer_scale)` on `[N, ..., C]`.
+
+    A perceptron that is known, and that nobody hung anything on, is two ops, and the second takes the sum along.
+    """
+    read = PERCEPTRONS.get(type(mlp))
+    parts = None if read is None or draws(drop_path) else read(mlp)
+    if parts is None or not _can_run_as_ops(mlp, *parts):
+        branch = mlp(x)
+        shape = shortcut.shape
+        pixels = (tensor.flatten(1, -2) for tensor in (shortcut, branch))  # a video has more axes than the op takes
+        return add_branch(*pixels, drop_path, layer_scale, channel_dim=-1).reshape(shape)
+    first, act, second, _ = parts
+    return two_layers(x, first, act, second, shortcut, layer_scale)
+
+
+def two_layers(
+    x: torch.Tensor,
+    first: nn.Module,
+    act: nn.Module,
+    second: nn.Module,
+    shortcut: torch.Tensor,
+    layer_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`shortcut + second(act(first(x))) * layer_scale`; what somebody changed or hung something on is called."""
+    name = None if have_own_call([act]) else activation_name(act)
+    hidden = apply_linear_act(first, x, act=act if name is None else name)
+    return apply_linear_act(second, hidden, residual=shortcut, layer_scale=layer_scale)
+
+
+def _can_run_as_ops(mlp: nn.Module, first: nn.Module, act: nn.Module, second: nn.Module, idle: list) -> bool:
+    if type(first) is not nn.Linear or type(second) is not nn.Linear or activation_name(act) is None:
+        return False
+    if any(type(layer) is not nn.Identity and (layer.training and layer.p) for layer in idle):
+        return False
+    return can_lend([mlp, first, act, second, *idle])
+
+
 # ---- branches that are added -------------------------------------------------------------------------------
 
 
@@ -213,7 +286,7 @@ def add_branch(
 
 
 def conv_norm_add(
-    x: torch.Tensor, conv: nn.Module, norm: nn.Module, shortcut: torch.Tensor, drop_path: nn.Module | None
+    x: torch.Tensor | Gated, conv: nn.Module, norm: nn.Module, shortcut: torch.Tensor, drop_path: nn.Module | None
 ) -> torch.Tensor:
     """`shortcut + drop_path(norm(conv(x)))`, which without anything to drop is one op."""
     own_act = NORMS[type(norm)](norm)[1] if type(norm) in NORMS else norm

@@ -6,23 +6,28 @@ import torch
 from timm.layers.norm import LayerNorm2d
 from timm.models.convnext import ConvNeXtBlock
 
-from bbfast.swap._blocks import add_branch, conv_norm_act
+from bbfast.swap._blocks import add_branch, add_perceptron, conv_norm_act
 from bbfast.swap._fast import Fast, register
 from bbfast.triton_kernels.layout import is_channels_last
 
 
 @register
 class FastConvNeXtBlock(Fast, ConvNeXtBlock):
-    """The depthwise convolution is one op; layer scale, stochastic depth and the sum are another."""
+    """The depthwise convolution is one op, the perceptron with layer scale and sum two, stochastic depth another."""
 
     lends = ("conv_dw",)
     drops = ("drop_path",)
+    relies_on = ("timm.layers.mlp.Mlp.forward",)
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.use_conv_mlp or type(self.norm) is LayerNorm2d:
             # The norm makes it channels_last anyway. Done before the convolution, all that follows has one format.
             x = _as_channels_last(x)
         branch = conv_norm_act(x, self.conv_dw)
+        if not self.use_conv_mlp and is_channels_last(x):
+            shortcut = _as_channels_last(self.shortcut(x)).permute(0, 2, 3, 1)
+            normalised = self.norm(branch.permute(0, 2, 3, 1))
+            return add_perceptron(shortcut, normalised, self.mlp, self.drop_path, self.gamma).permute(0, 3, 1, 2)
         if self.use_conv_mlp:
             branch = self.mlp(self.norm(branch))
         else:

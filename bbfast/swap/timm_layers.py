@@ -7,6 +7,7 @@ from timm.layers import activations as timm_activations
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.conv_bn_act import ConvNormAct
 from timm.layers.drop import DropPath
+from timm.layers.mlp import Mlp
 from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from timm.layers.squeeze_excite import SEModule
 from torch import nn
@@ -18,12 +19,15 @@ from bbfast.swap._blocks import (
     CONVS,
     DROP_PATHS,
     NORMS,
+    PERCEPTRONS,
     SQUEEZE_EXCITES,
+    Gated,
     activation_name,
     conv_norm_act,
     conv_norm_act_squeeze_excite,
     inner,
     lent_activation,
+    product,
 )
 from bbfast.swap._fast import Fast, register
 from bbfast.swap._lending import lender
@@ -138,18 +142,20 @@ def lent_conv_norm_act(name: str, layer: nn.Module | None) -> list[tuple[str, nn
 
 
 def run_conv_norm_act(
-    x: torch.Tensor, layer: nn.Module, act: nn.Module | None = None, residual: torch.Tensor | None = None
+    x: torch.Tensor | Gated, layer: nn.Module, act: nn.Module | None = None, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`act(layer(x) + residual)`, as one op if layer is a ConvNormAct; any other runs itself."""
     if _is_conv_norm_act(layer) and layer.aa is None:
         return conv_norm_act(x, layer.conv, layer.bn, act, residual=residual)
-    y = layer.aa(conv_norm_act(x, layer.conv, layer.bn)) if _is_conv_norm_act(layer) else layer(x)
+    y = layer.aa(conv_norm_act(x, layer.conv, layer.bn)) if _is_conv_norm_act(layer) else layer(product(x))
     y = y if residual is None else y + residual
     return y if act is None else act(y)
 
 
-def run_conv_norm_act_squeeze_excite(x: torch.Tensor, layer: nn.Module, squeeze_excite: nn.Module) -> torch.Tensor:
-    """`squeeze_excite(layer(x))`, likewise."""
+def run_conv_norm_act_squeeze_excite(
+    x: torch.Tensor, layer: nn.Module, squeeze_excite: nn.Module
+) -> torch.Tensor | Gated:
+    """`squeeze_excite(layer(x))`, likewise; for another `run_conv_norm_act`."""
     if _is_conv_norm_act(layer) and layer.aa is None:
         return conv_norm_act_squeeze_excite(x, layer.conv, layer.bn, None, squeeze_excite)
     return squeeze_excite(run_conv_norm_act(x, layer))
@@ -171,3 +177,14 @@ def _parts_of_squeeze_excite(se: SEModule):
 
 lender(SEModule, inner=lambda se: [(name, inner(se, name)) for name in ("fc1", "bn", "act", "fc2", "gate")])
 SQUEEZE_EXCITES[SEModule] = _parts_of_squeeze_excite
+
+
+# ---- perceptrons -------------------------------------------------------------------------------------------
+
+lender(Mlp)
+PERCEPTRONS[Mlp] = lambda mlp: (
+    inner(mlp, "fc1"),
+    inner(mlp, "act"),
+    inner(mlp, "fc2"),
+    [inner(mlp, name) for name in ("drop1", "norm", "drop2")],
+)

@@ -19,6 +19,7 @@ from torch import nn
 
 from bbfast.swap._blocks import (
     SQUEEZE_EXCITES,
+    Gated,
     activation_name,
     add_branch,
     conv_norm_act,
@@ -78,13 +79,15 @@ class _WithSqueezeExcite(Fast):
     def _space_to_depth(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.conv_s2d is None else conv_norm_act(x, self.conv_s2d, self.bn_s2d)
 
-    def _middle(self, x: torch.Tensor, conv: nn.Module, norm: nn.Module) -> torch.Tensor:
+    def _middle(self, x: torch.Tensor, conv: nn.Module, norm: nn.Module) -> torch.Tensor | Gated:
         """`se(aa(norm(conv(x))))`"""
         if type(self.aa) is nn.Identity:
             return conv_norm_act_squeeze_excite(x, conv, norm, None, self.se)
         return self.se(self.aa(conv_norm_act(x, conv, norm)))
 
-    def _finish(self, x: torch.Tensor, conv: nn.Module, norm: nn.Module, shortcut: torch.Tensor) -> torch.Tensor:
+    def _finish(
+        self, x: torch.Tensor | Gated, conv: nn.Module, norm: nn.Module, shortcut: torch.Tensor
+    ) -> torch.Tensor:
         if not self.has_skip:
             return conv_norm_act(x, conv, norm)
         return conv_norm_add(x, conv, norm, shortcut, self.drop_path)

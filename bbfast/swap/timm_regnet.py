@@ -16,6 +16,7 @@ from bbfast.swap._blocks import (
     lent_activation,
     lent_identity,
     lent_squeeze_excite,
+    product,
 )
 from bbfast.swap._fast import Fast, register
 from bbfast.swap.timm_layers import lent_conv_norm_act, run_conv_norm_act, run_conv_norm_act_squeeze_excite
@@ -64,7 +65,7 @@ class FastPreBottleneck(Fast, PreBottleneck):
         if type(self.se) is nn.Identity:
             y = conv_norm_act(y, self.conv2, self.norm3)
         else:
-            y = self.norm3(conv_norm_act_squeeze_excite(y, self.conv2, None, None, self.se))
+            y = self.norm3(product(conv_norm_act_squeeze_excite(y, self.conv2, None, None, self.se)))
         if self.downsample is None:
             return conv_norm_act(y, self.conv3)
         if not draws(self.drop_path):

@@ -18,6 +18,7 @@ from bbfast.swap._blocks import (
     inner,
     lent_activation,
     lent_squeeze_excite,
+    product,
 )
 from bbfast.swap._fast import Fast, register
 from bbfast.swap._lending import lender
@@ -53,7 +54,7 @@ class _Residual(Fast):
         """`act(drop_path(se(norm(conv(x)))) + downsample(shortcut))`"""
         if self.se is None and not draws(self.drop_path):
             return conv_norm_act(x, conv, norm, act, residual=self._shortcut(shortcut), in_place=True)
-        branch = conv_norm_act_squeeze_excite(x, conv, norm, None, self.se)
+        branch = product(conv_norm_act_squeeze_excite(x, conv, norm, None, self.se))
         mask = draw_mask(self.drop_path, branch)
         return act(_add(branch, self._shortcut(shortcut), mask))
 

@@ -9,7 +9,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from bbfast import dispatch, ops
 from bbfast.reference.window_attention import Windows, relative_position_index
-from bbfast.swap._blocks import add_branch, draw_mask
+from bbfast.swap._blocks import add_branch, add_perceptron, draw_mask
 from bbfast.swap._fast import Fast, register, unsupported
 from bbfast.swap._lending import have_own_call, lender
 
@@ -77,7 +77,7 @@ def _draws(module: nn.Module) -> bool:
 
 @register
 class FastSwinTransformerBlock(Fast, SwinTransformerBlock):
-    """Attention reads the windows where they lie in the map; the first sum and norm2 are one op, the second sum one."""
+    """Attention reads the windows where they lie in the map; the sum and norm2 are one op, perceptron and sum two."""
 
     lends = ("attn",)
     drops = ("drop_path1", "drop_path2")
@@ -87,6 +87,7 @@ class FastSwinTransformerBlock(Fast, SwinTransformerBlock):
         "timm.models.swin_transformer.SwinTransformerBlock.get_attn_mask",
         "timm.models.swin_transformer.window_partition",
         "timm.models.swin_transformer.window_reverse",
+        "timm.layers.mlp.Mlp.forward",
     )
 
     @classmethod
@@ -112,8 +113,7 @@ class FastSwinTransformerBlock(Fast, SwinTransformerBlock):
         else:
             x = add_branch(x, branch, self.drop_path1, channel_dim=-1).reshape(batch, height * width, channels)
             y = self.norm2(x)
-        x = add_branch(x, self.mlp(y), self.drop_path2, channel_dim=-1)
-        return x.reshape(batch, height, width, channels)
+        return add_perceptron(x, y, self.mlp, self.drop_path2).reshape(batch, height, width, channels)
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
         """What `_attn` returns."""

@@ -5,18 +5,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torchvision.models.convnext import CNBlock
+from torchvision.ops.misc import Permute
 
-from bbfast.swap._blocks import CONVS, add_branch, conv_norm_act
+from bbfast.swap._blocks import CONVS, add_branch, conv_norm_act, draws, two_layers
 from bbfast.swap._fast import Fast, register
+from bbfast.swap._lending import have_own_call
 from bbfast.swap.torchvision_layers import SEQUENCES
 
 
 @register
 class FastCNBlock(Fast, CNBlock):
-    """The convolution is one op, and layer scale, stochastic depth and the sum are another.
-
-    In between, its layers run on `[N, H, W, C]`, as they do without it.
-    """
+    """The convolution is one op, the perceptron with layer scale and sum two, stochastic depth another."""
 
     drops = ("stochastic_depth",)
 
@@ -38,6 +37,18 @@ class FastCNBlock(Fast, CNBlock):
     def fused_forward(self, input: torch.Tensor) -> torch.Tensor:
         conv, *layers = self.block._modules.values()
         branch = conv_norm_act(input, conv)
+        if _is_perceptron(layers) and not draws(self.stochastic_depth):
+            _, norm, first, act, second, _ = layers
+            pixels, scale = norm(branch.permute(0, 2, 3, 1)), self.layer_scale.flatten()
+            return two_layers(pixels, first, act, second, input.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
         for layer in layers:
             branch = layer(branch)
         return add_branch(input, branch, self.stochastic_depth, self.layer_scale.flatten())
+
+
+def _is_perceptron(layers: list[nn.Module]) -> bool:
+    """Whether they are what torchvision makes: a norm and two layers on `[N, H, W, C]`."""
+    if len(layers) != 6 or not all(type(layer) is Permute for layer in (layers[0], layers[-1])):
+        return False
+    there, back = layers[0], layers[-1]
+    return there.dims == [0, 2, 3, 1] and back.dims == [0, 3, 1, 2] and not have_own_call([there, back])

@@ -15,6 +15,7 @@ from bbfast.swap._blocks import (
     DROP_PATHS,
     NORMS,
     SQUEEZE_EXCITES,
+    Gated,
     activation_name,
     add_branch,
     conv_norm_act,
@@ -23,6 +24,7 @@ from bbfast.swap._blocks import (
     inner,
     is_depthwise,
     lent_squeeze_excite,
+    product,
 )
 from bbfast.swap._fast import Fast, register
 from bbfast.swap._lending import lender
@@ -180,20 +182,20 @@ def run_sequence(
     for step in steps:
         x = _run(x, step)
     if shortcut is None:
-        return _run(x, last)
+        return product(_run(x, last))
     if _can_add(last) and not draws(drop_path):
         return conv_norm_act(x, last.conv, last.norm, act, residual=shortcut, in_place=in_place)
-    branch = _run(x, last)
+    branch = product(_run(x, last))
     y = add_branch(shortcut, branch, drop_path)
     y = y.to(branch.dtype) if in_place else y
     return y if act is None else act(y)
 
 
-def _run(x: torch.Tensor, step: Step) -> torch.Tensor:
+def _run(x: torch.Tensor | Gated, step: Step) -> torch.Tensor | Gated:
     if step.norm is None:
-        return step.act(x)
+        return step.act(product(x))
     if step.conv is None:
-        return norm_act(x, step.norm, step.act)
+        return norm_act(product(x), step.norm, step.act)
     return conv_norm_act_squeeze_excite(x, *step)
 
 

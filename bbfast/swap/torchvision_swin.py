@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformerBlock
+from torchvision.ops.misc import MLP
 
 from bbfast import ops
 from bbfast.reference.window_attention import relative_position_index
-from bbfast.swap._blocks import add_branch, draw_mask
+from bbfast.swap._blocks import PERCEPTRONS, add_branch, add_perceptron, draw_mask
 from bbfast.swap._fast import Fast, register, unsupported
+from bbfast.swap._lending import lender
 
 _SWIN = "torchvision.models.swin_transformer"
 
@@ -62,7 +64,7 @@ class FastShiftedWindowAttention(Fast, ShiftedWindowAttention):
 
 @register
 class FastSwinTransformerBlock(Fast, SwinTransformerBlock):
-    """The first sum and norm2 are one op, where norm2 is an nn.LayerNorm; the second sum is another."""
+    """The first sum and norm2 are one op, where norm2 is an nn.LayerNorm; the perceptron and the second sum are two."""
 
     drops = ("stochastic_depth",)
 
@@ -80,11 +82,25 @@ class FastSwinTransformerBlock(Fast, SwinTransformerBlock):
         else:
             x = self._add(x, branch)
             normalised = self.norm2(x)
-        return self._add(x, self.mlp(normalised))
+        return add_perceptron(x, normalised, self.mlp, self.stochastic_depth)
 
     def _add(self, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
         pixels = (tensor.flatten(1, -2) for tensor in (x, branch))  # a video has more axes than the op takes
         return add_branch(*pixels, self.stochastic_depth, channel_dim=-1).view(x.shape)
+
+
+def _parts_of_perceptron(mlp: MLP):
+    """None unless its layers are those that it is made of where it has two and no norm."""
+    layers = list(mlp._modules.values())
+    plain = type(mlp).forward is nn.Sequential.forward
+    if not plain or len(layers) != 5 or not (type(layers[2]) is type(layers[4]) is nn.Dropout):
+        return None
+    first, act, drop, second, last_drop = layers
+    return first, act, second, [drop, last_drop]
+
+
+lender(MLP)
+PERCEPTRONS[MLP] = _parts_of_perceptron
 
 
 def _is_channel_norm(norm: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from bbfast.swap._blocks import (
     conv_norm_act_squeeze_excite,
     lent_activation,
     lent_squeeze_excite,
+    product,
 )
 from bbfast.swap._fast import Fast, register
 from bbfast.swap._lending import lender
@@ -120,4 +121,4 @@ class FastEfficientNetBlock(Fast, EfficientNetBlock):
             self.squeeze_excite,
             padding=_padding(layer),
         )
-        return self.projection(hidden_states, y)
+        return self.projection(hidden_states, product(y))

@@ -17,7 +17,9 @@ from bbfast.swap._blocks import (
     activation_name,
     add_branch,
     conv_norm_act,
+    draws,
     lent_activation,
+    two_layers,
 )
 from bbfast.swap._fast import Fast, unsupported
 from bbfast.swap._fingerprint import of_other_releases
@@ -111,17 +113,20 @@ class ResidualLayer(Fast):
 
 
 class ConvNextBlock(Fast):
-    """Kind of block: the depthwise convolution is one op; layer scale, stochastic depth and sum are another."""
+    """Kind of block: the depthwise convolution is one op; layer scale and sum are part of another."""
 
     lends = ("dwconv",)
     drops = ("drop_path",)
 
     def fused_forward(self, features: torch.Tensor) -> torch.Tensor:
-        y = conv_norm_act(features, self.dwconv)
-        y = self.act(self.pwconv1(self.layernorm(y.permute(0, 2, 3, 1))))
+        y = self.layernorm(conv_norm_act(features, self.dwconv).permute(0, 2, 3, 1))
         grn = getattr(self, "grn", None)
-        y = self.pwconv2(y if grn is None else grn(y))
         scale = getattr(self, "layer_scale_parameter", None)
+        if grn is None and not draws(self.drop_path):
+            layers = self.pwconv1, self.act, self.pwconv2
+            return two_layers(y, *layers, features.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
+        y = self.act(self.pwconv1(y))
+        y = self.pwconv2(y if grn is None else grn(y))
         return add_branch(features, y.permute(0, 3, 1, 2), self.drop_path, scale)
 
 
