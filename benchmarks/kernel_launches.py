@@ -96,17 +96,17 @@ class Launch:
         """Signature, constants and attributes by Triton's own rules: 1, multiples of 16 and None are special."""
         constants, attributes = {}, {}
 
-        def kind(value, path):
+        def kind(value, path, specialised=True):
             if isinstance(value, Argument):
                 attributes[path] = [["tt.divisibility", 16]]  # allocations are aligned
                 return "*" + TRITON_TYPES[value.dtype]
             if isinstance(value, tuple):
                 return tuple(kind(item, (*path, i)) for i, item in enumerate(value))
-            if value is None or (type(value) is int and value == 1):
+            if value is None or (type(value) is int and value == 1 and specialised):
                 constants[path] = value
                 return "constexpr"
             if type(value) is int:
-                if value % 16 == 0:
+                if value % 16 == 0 and specialised:
                     attributes[path] = [["tt.divisibility", 16]]
                 return "i32" if -(2**31) <= value < 2**31 else "i64"
             return "fp32"
@@ -119,7 +119,7 @@ class Launch:
                 constants[(index,)] = value
                 signature[parameter.name] = "constexpr"
             else:
-                signature[parameter.name] = kind(value, (index,))
+                signature[parameter.name] = kind(value, (index,), not parameter.do_not_specialize)
         return signature, constants, attributes
 
 

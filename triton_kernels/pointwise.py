@@ -38,6 +38,13 @@ FINISHED_COLUMNS = 32
 MOST_ACCUMULATORS = 128
 
 
+# The kernel's integers.
+SIZES = (
+    *("rows", "sample_rows", "width", "k_units", "n_units"),
+    *("stride_xn", "stride_xh", "stride_xw", "stride_r"),
+)
+
+
 # ---- kernels ---------------------------------------------------------------------------------------------
 
 
@@ -108,8 +115,9 @@ def _finish_parts(
 
 # Tile: BLOCK_M rows x BLOCK_N columns, one per program; tiles of the same rows are neighbours, so that all but the
 # first find x in the L2 cache. Reads BLOCK_M + BLOCK_N rows of K elements, and residual once; writes y once. Registers:
-# the fp32 sums; x and weight go through shared memory, a gated x through registers.
-@triton.jit
+# the fp32 sums; x and weight go through shared memory, a gated x through registers. One compilation serves all sizes:
+# what must be known of them UNIT says.
+@triton.jit(do_not_specialize=SIZES)
 def _pointwise_kernel(
     x_ptr,
     weight_ptr,
