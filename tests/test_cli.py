@@ -169,7 +169,7 @@ def _call_every_op(device):
     dtype = _status.product_dtype(device)
     with torch.no_grad():
         conv_bn_act(x.to(dtype), pointwise.to(dtype), *batch_norm)
-        linear_act(torch.randn(4, 8, device=device, dtype=dtype), torch.randn(8, 8, device=device, dtype=dtype))
+        linear_act(*(torch.randn(8, 8, device=device).half() for _ in range(2)))
         depthwise_conv_bn_act(x, depthwise, *batch_norm, padding=1)
 
 

@@ -1,4 +1,4 @@
-"""Convolutions and linear layers on the CPU through oneDNN, BatchNorm folded in, the activation fused.
+"""Convolutions on the CPU through oneDNN, BatchNorm folded into weight and bias, the activation fused.
 
 BatchNorm is folded in each call (about 20 microseconds per layer, 3% of a MobileNetV3) and never cached:
 edits through `parameter.data`, as averaging and checkpoint code makes them, leave the tensor's version
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from bbfast.ops._batch_norm import scale_and_shift
+from bbfast.reference.activation import IN_PLACE_ACTIVATIONS
 
 # oneDNN's names for activations. Its relu and clip turn NaN into 0, where torch's keep it, so these two run
 # after the convolution, in place.
@@ -19,14 +20,6 @@ _FUSED_ACTIVATIONS = {
     "hardswish": ("hardswish", [], ""),
     "silu": ("swish", [], ""),
     "gelu": ("gelu", [], "none"),
-}
-_IN_PLACE_ACTIVATIONS = {
-    "identity": lambda y: y,
-    "relu": torch.relu_,
-    "relu6": lambda y: y.clamp_(0, 6),
-    "hardswish": lambda y: F.hardswish(y, inplace=True),
-    "silu": lambda y: F.silu(y, inplace=True),
-    "gelu": torch.ops.aten.gelu_,
 }
 
 
@@ -78,18 +71,18 @@ def conv_bn_act(
         # One pixel per sample (squeeze-and-excite, heads): a matrix product needs no reordered weight and is
         # 3 to 9 times faster.
         y = F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
-        return _IN_PLACE_ACTIVATIONS[act](y if residual is None else y.add_(residual))
+        return IN_PLACE_ACTIVATIONS[act](y if residual is None else y.add_(residual))
     geometry = ((top, left), stride, dilation, groups)
     if residual is not None:
         y = torch.ops.mkldnn._convolution_pointwise.binary(
             x, residual, weight, bias, *geometry, "add", 1.0, None, [], None
         )
-        return _IN_PLACE_ACTIVATIONS[act](y)
+        return IN_PLACE_ACTIVATIONS[act](y)
     fused = _FUSED_ACTIVATIONS.get(act)
     y = torch.ops.mkldnn._convolution_pointwise.default(
         x, weight, bias, *geometry, *(fused or _FUSED_ACTIVATIONS["identity"])
     )
-    return y if fused else _IN_PLACE_ACTIVATIONS[act](y)
+    return y if fused else IN_PLACE_ACTIVATIONS[act](y)
 
 
 def fold_batch_norm(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps):
@@ -101,15 +94,3 @@ def fold_batch_norm(weight, bias, bn_weight, bn_bias, running_mean, running_var,
         return weight, None if bias is None else bias.to(weight.dtype)
     scale, shift = scale_and_shift(bias, bn_weight, bn_bias, running_mean, running_var, eps)
     return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
-
-
-def linear_act(x, weight, bias, layer_scale, residual, act) -> torch.Tensor:
-    """`residual + layer_scale * act(x @ weight.T + bias)`, no gradients. Shapes as in `bbfast.reference.linear_act`."""
-    if residual is not None and residual.dtype == x.dtype and act == "identity" and layer_scale is None:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
-    fused = _FUSED_ACTIVATIONS.get(act)
-    y = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, *(fused or _FUSED_ACTIVATIONS["identity"]))
-    y = y if fused else _IN_PLACE_ACTIVATIONS[act](y)
-    if residual is None:
-        return y if layer_scale is None else y * layer_scale
-    return residual + y if layer_scale is None else torch.addcmul(residual, y, layer_scale)

@@ -1,21 +1,24 @@
 """`linear_act`: linear layer, activation, layer scale and residual in one call.
 
-Inference is one kernel: on a GPU where the product is limited by memory, on the CPU through oneDNN. Everywhere else
-torch's own operators run one after the other. Reads top-down: checks, backends, torch.library, public function.
+Inference on a GPU is one kernel where the product is limited by memory. Everywhere else torch's own operators run one
+after the other: on the CPU oneDNN's fused linear layer was slower than MKL's product on a single thread. Reads
+top-down: checks, backends, torch.library, public function.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from bbfast import dispatch, env
-from bbfast.ops import _common, _onednn, _pointwise
+from bbfast.ops import _common, _pointwise
 from bbfast.ops._drop_path import scaled_dtype
 from bbfast.ops.drop_path_add import drop_path_add
-from bbfast.reference.activation import activation
+from bbfast.reference.activation import IN_PLACE_ACTIVATIONS, activation
 from bbfast.reference.linear_act import linear_act as reference
 
 OP = "linear_act"
+_COMPOSED = dispatch.Choice("torch", ("not a product that the GPU's kernel takes: torch's operators in the open",))
 
 
 # ---- checks ----------------------------------------------------------------------------------------------
@@ -66,25 +69,13 @@ def _triton_unsupported_reasons(x, weight, bias, layer_scale, residual, act) -> 
     return reasons + _pointwise.row_reasons(x.numel() // x.shape[-1])
 
 
-def _onednn_unsupported_reasons(x, weight, bias, layer_scale, residual, act) -> list[str]:
-    reasons = _onednn.unsupported_reasons(x)
-    if x.is_cpu and x.dtype != torch.float32:
-        reasons.append(f"x has dtype {x.dtype}; oneDNN's fused linear layer is used in float32")
-    if x.is_cpu and x.dim() < 2:
-        reasons.append("x has one dimension; oneDNN takes rows")
-    return reasons
-
-
 def _run_triton(x, weight, bias, layer_scale, residual, act):
     from bbfast.triton_kernels import linear_act as kernels
 
     return kernels.forward(x, weight, bias, layer_scale, residual, act, _dtype(x, layer_scale, residual))
 
 
-_FORWARD_KERNELS = (
-    dispatch.Backend("triton", _triton_unsupported_reasons, _run_triton),
-    dispatch.Backend("onednn", _onednn_unsupported_reasons, _onednn.linear_act),
-)
+_FORWARD_KERNELS = (dispatch.Backend("triton", _triton_unsupported_reasons, _run_triton),)
 
 
 # ---- torch.library ---------------------------------------------------------------------------------------
@@ -113,11 +104,19 @@ _op = _common.define(
 
 def _compose(x, weight, bias, layer_scale, residual, act) -> torch.Tensor:
     """The same of differentiable ops, on any device."""
-    y = activation(torch.nn.functional.linear(x, weight, bias), act)
+    y = activation(F.linear(x, weight, bias), act)
     if layer_scale is None or residual is None or y.dim() not in (2, 3, 4):
         y = y if layer_scale is None else y * layer_scale
         return y if residual is None else residual + y
     return drop_path_add(residual, y, layer_scale=layer_scale, channel_dim=-1)
+
+
+def _compose_inference(x, weight, bias, layer_scale, residual, act) -> torch.Tensor:
+    """The same without gradients, in as few new tensors as there can be."""
+    y = IN_PLACE_ACTIVATIONS[act](F.linear(x, weight, bias))
+    if residual is None:
+        return y if layer_scale is None else y * layer_scale
+    return residual + y if layer_scale is None else torch.addcmul(residual, y, layer_scale)
 
 
 # ---- public function -------------------------------------------------------------------------------------
@@ -133,11 +132,11 @@ def linear_act(
     layer_scale: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`residual + layer_scale * act(x @ weight.T + bias)`, in inference mostly one trip through memory.
+    """`residual + layer_scale * act(x @ weight.T + bias)`, in inference on a GPU mostly one trip through memory.
 
-    That is so on the CPU, and on a GPU where x is float16 or bfloat16, K and N are multiples of 8 and the product is
-    limited by memory (K up to 512, or N up to 256). Otherwise, with gradients, and in float32 on a GPU, torch's
-    operators run one after the other; torch.compile sees them.
+    That is so where x is float16 or bfloat16, K and N are multiples of 8 and the product is limited by memory (K up to
+    512, or N up to 256). Otherwise, and with gradients, torch's operators run one after the other, the activation in
+    place where nobody wants a gradient; torch.compile sees them.
 
     Args:
         x: `[..., K]`, float32, float16, bfloat16 or float64, in any strides; where rows of K side-by-side elements do
@@ -167,6 +166,9 @@ def linear_act(
         return reference(*args)
     if _common.needs_grad(x, weight, bias, layer_scale, residual):
         return _compose(*args)
-    if _is_for_kernel(x, weight, layer_scale, residual) or (x.is_cpu and not _common.compiler_fuses(x)):
+    if _is_for_kernel(x, weight, layer_scale, residual):
         return _op(*args)
-    return _compose(*args)
+    if torch.compiler.is_compiling():
+        return _compose(*args)
+    dispatch.record(OP, _COMPOSED)
+    return _compose_inference(*args)

@@ -14,6 +14,16 @@ ACTIVATIONS = {
     "gelu": F.gelu,
 }
 
+# The same, overwriting x.
+IN_PLACE_ACTIVATIONS = {
+    "identity": lambda x: x,
+    "relu": torch.relu_,
+    "relu6": lambda x: x.clamp_(0, 6),
+    "hardswish": lambda x: F.hardswish(x, inplace=True),
+    "silu": lambda x: F.silu(x, inplace=True),
+    "gelu": torch.ops.aten.gelu_,
+}
+
 
 def activation(x: torch.Tensor, act: str) -> torch.Tensor:
     """Applies the activation called `act` (gelu is the exact erf form)."""
