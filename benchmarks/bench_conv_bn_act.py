@@ -1,10 +1,11 @@
-"""`conv_bn_act` on the dense and grouped layers of ResNet-50, ResNeXt-50, RegNetY-1.6GF and MobileNetV3, channels_last.
+"""`conv_bn_act` on the dense and grouped layers of ResNets, RegNetY, MobileNetV3 and EfficientNet, channels_last.
 
-Forward is inference with running statistics; with backward the statistics are the batch's, as in training. Eager is
-F.conv2d, F.batch_norm, the sum where there is a residual, and the activation. On a GPU the op leaves the convolution to
-cuDNN and fuses what follows, so `backend` names batch_norm_act's. On a CPU inference is one kernel: pointwise layers,
-3x3 ones (by Winograd's transform) and grouped ones have their own in the extension, and "bbfast onednn" is the one
-that the others take.
+Forward is inference with running statistics; with backward the statistics are the batch's, as in training. Eager is the
+product with the gate of squeeze-and-excite where there is one, F.conv2d, F.batch_norm, the sum where there is a
+residual, and the activation. On a GPU inference of pointwise layers is one kernel where memory limits them; elsewhere
+the op leaves the convolution to cuDNN and fuses what follows, so that `backend` names batch_norm_act's. On a CPU
+inference is one kernel after the gate: pointwise layers, 3x3 ones (by Winograd's transform) and grouped ones have their
+own in the extension, and "bbfast onednn" is the one that the others take.
 """
 
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Shape:
     groups: int = 1
     act: str = "relu"
     residual: bool = False
+    gated: bool = False
 
     @property
     def out_size(self) -> int:
@@ -62,7 +64,22 @@ POINTWISE = (
     (160, 960, 7, "hardswish"),
     (960, 160, 7, "identity"),
 )
+# Projections after squeeze-and-excite: model, channels, channels out, size, whether there is a residual
+GATED = (
+    ("mobilenetv3_large", 72, 40, 28, False),
+    ("mobilenetv3_large", 120, 40, 28, True),
+    ("mobilenetv3_large", 672, 112, 14, True),
+    ("mobilenetv3_large", 960, 160, 7, True),
+    ("efficientnet_b0", 96, 24, 56, False),
+    ("efficientnet_b0", 144, 24, 56, True),
+    ("efficientnet_b0", 480, 80, 14, True),
+    ("efficientnet_b0", 1152, 192, 7, True),
+)
 SHAPES = {
+    "resnet50-1-in": Shape("resnet50", 256, 64, 56),
+    "resnet50-2-in": Shape("resnet50", 512, 128, 28),
+    "resnet50-3-in": Shape("resnet50", 1024, 256, 14),
+    "resnet50-4-in": Shape("resnet50", 2048, 512, 7),
     "resnet50-1-3x3": Shape("resnet50", 64, 64, 56, 3),
     "resnet50-1-out": Shape("resnet50", 64, 256, 56, residual=True),
     "resnet50-2-3x3": Shape("resnet50", 128, 128, 28, 3),
@@ -81,19 +98,32 @@ SHAPES = {
         f"mobilenetv3-{channels}-{out}": Shape("mobilenetv3_large", channels, out, size, act=act)
         for channels, out, size, act in POINTWISE
     },
+    **{
+        f"{model.split('_')[0]}-{channels}-{out}-gate": Shape(
+            model, channels, out, size, act="identity", residual=residual, gated=True
+        )
+        for model, channels, out, size, residual in GATED
+    },
 }
-GPU = ("resnet50-1-out", "resnet50-2-3x3", "resnext50-3-3x3", "mobilenetv3-160-960")
-CPU = ("mobilenetv3-24-72", "mobilenetv3-480-112", "resnet50-3-3x3", "regnety-3-3x3", "resnet50-3-out")
+GPU = (
+    *("resnet50-1-in", "resnet50-1-out", "resnet50-2-3x3", "resnext50-3-3x3"),
+    *("mobilenetv3-160-960", "mobilenetv3-120-40-gate", "efficientnet-144-24-gate"),
+)
+CPU = (
+    *("mobilenetv3-24-72", "mobilenetv3-480-112", "mobilenetv3-672-112-gate"),
+    *("resnet50-3-3x3", "regnety-3-3x3", "resnet50-3-out"),
+)
 
 
 def work_of(shape: Shape, direction: str, batch: int, dtype: torch.dtype) -> Work:
-    """Forward: x, weight, residual, y. Backward: x, weight and y's gradient in, those of all inputs out."""
+    """Forward: x, gate, weight, residual, y. Backward: the first three and y's gradient in, those of all inputs out."""
     x, y = batch * shape.channels * shape.size**2, batch * shape.out_channels * shape.out_size**2
     taps = shape.channels // shape.groups * shape.kernel**2
     weight, residual = shape.out_channels * taps, y * shape.residual
-    moved, flops = x + weight + residual + y, 2 * taps * y
+    gate = batch * shape.channels * shape.gated
+    moved, flops = x + gate + weight + residual + y, 2 * taps * y
     if direction == BACKWARD:
-        moved += x + weight + y + x + weight + residual
+        moved += x + gate + weight + y + x + gate + weight + residual
         flops *= 3
     return Work(moved * dtype.itemsize, flops, on_tensor_cores=True)
 
@@ -109,24 +139,32 @@ def make_case(shape: Shape, direction: str) -> Case:
         weight = randn(shape.out_channels, *taps, channels_last=True) / (taps[0] ** 0.5 * shape.kernel)
         out = (BATCH, shape.out_channels, shape.out_size, shape.out_size)
         residual = (randn(*out, channels_last=True),) if shape.residual else ()
-        return randn(*size, channels_last=True), weight, *(rand(shape.out_channels) for _ in range(4)), *residual
+        gate = (rand(*size[:2]).to(DTYPE),) if shape.gated else ()
+        statistics = (rand(shape.out_channels) for _ in range(4))
+        return randn(*size, channels_last=True), weight, *statistics, *residual, *gate
 
-    def eager(x, weight, bn_weight, bn_bias, mean, var, residual=None):
+    def split(others):
+        """Residual and gate, of which either may be left out."""
+        return others[0] if shape.residual else None, others[-1] if shape.gated else None
+
+    def eager(x, weight, bn_weight, bn_bias, mean, var, *others):
+        residual, gate = split(others)
+        x = x if gate is None else x * gate[:, :, None, None]
         y = F.batch_norm(F.conv2d(x, weight, None, **geometry), mean, var, bn_weight, bn_bias, training)
         return activation(y if residual is None else y + residual)
 
     def bbfast(*tensors):
-        residual = tensors[6] if shape.residual else None
-        return conv_bn_act(*tensors[:6], residual=residual, **geometry, training=training, act=shape.act)
+        residual, gate = split(tensors[6:])
+        return conv_bn_act(*tensors[:6], residual=residual, gate=gate, **geometry, training=training, act=shape.act)
 
     details = f" to {shape.out_channels} k{shape.kernel} s{shape.stride} {shape.act}"
-    details += f" groups {shape.groups}" * (shape.groups > 1) + " residual" * shape.residual
+    details += f" groups {shape.groups}" * (shape.groups > 1) + " residual" * shape.residual + " gate" * shape.gated
     return Case(
         op=OP,
         shape=f"{shape.model} {'x'.join(map(str, size))}{details}",
         direction=direction,
         inputs=inputs,
-        leaves=(0, 1, 2, 3, 6) if shape.residual else (0, 1, 2, 3),
+        leaves=(0, 1, 2, 3, *range(6, 6 + shape.residual + shape.gated)),
         eager=eager,
         bbfast=bbfast,
         others={"bbfast onednn": bbfast},

@@ -24,6 +24,8 @@ OPS = (
     "window_attention",
     "depthwise_conv_bn_act",
     "add_layer_norm",
+    "linear_act",
+    "conv_bn_act",
     "batch_norm_act",
     "window_partition",
     "drop_path_add",

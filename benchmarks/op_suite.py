@@ -47,6 +47,7 @@ FILES = (
     "bench_window_attention.py",
     "bench_depthwise_conv_bn_act.py",
     "bench_conv_bn_act.py",
+    "bench_linear_act.py",
     "bench_add_layer_norm.py",
     "bench_batch_norm_act.py",
     "bench_drop_path_add.py",
@@ -197,8 +198,8 @@ class Suite:
 
 
 def backend_taken() -> str:
-    """The backend of the ops that just ran, or of each where they differ."""
-    choices = {op: choice.backend for op, choice in dispatch.last_choices().items()}
+    """The backend of the ops that just ran, or of each where they differ; torch where none had to choose."""
+    choices = {op: choice.backend for op, choice in dispatch.last_choices().items()} or {"": "torch"}
     same = set(choices.values())
     return same.pop() if len(same) == 1 else ", ".join(f"{op}: {backend}" for op, backend in choices.items())
 

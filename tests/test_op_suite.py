@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bbfast.benchmarks import bench_conv_bn_act as conv
 from bbfast.benchmarks import bench_depthwise_conv_bn_act as depthwise
 from bbfast.benchmarks import bench_drop_path_add as drop_path
+from bbfast.benchmarks import bench_linear_act as linear
 from bbfast.benchmarks import bench_window_attention as attention
 from bbfast.benchmarks import conftest as benchmarks_conftest
 from bbfast.benchmarks.op_case import BACKWARD, DTYPE, FORWARD, Case, WrongResult, check, expect, randn
@@ -141,6 +143,40 @@ def test_work_of_attention():
     assert backward.moved_bytes == 2 * (qkv + table + y + qkv + table + y + qkv + table)
     assert backward.flops == 7 * product
     assert forward.on_tensor_cores and backward.on_tensor_cores
+
+
+def test_work_of_a_gated_convolution():
+    shape = conv.Shape("some", channels=8, out_channels=3, size=2, residual=True, gated=True)
+    x, gate, weight, y = 4 * 8 * 4, 4 * 8, 3 * 8, 4 * 3 * 4
+    forward = conv.work_of(shape, FORWARD, 4, torch.bfloat16)
+    assert (forward.moved_bytes, forward.flops) == (2 * (x + gate + weight + y + y), 2 * 8 * y) == (560, 768)
+    backward = conv.work_of(shape, BACKWARD, 4, torch.bfloat16)
+    assert backward.moved_bytes == 2 * (x + gate + weight + y + y + x + gate + weight + y + x + gate + weight + y)
+    assert backward.flops == 3 * 768
+
+
+def test_work_of_a_linear_layer():
+    shape = linear.Shape("some", size=2, channels=8, out_channels=3, residual=True, scaled=True)
+    x, weight, y = 4 * 4 * 8, 8 * 3, 4 * 4 * 3
+    work = linear.work_of(shape, 4, torch.bfloat16)
+    assert (work.moved_bytes, work.flops) == (2 * (x + weight + 3 + 3 + y + y), 2 * 8 * y) == (508, 768)
+    bare = linear.work_of(linear.Shape("some", size=2, channels=8, out_channels=3), 4, torch.bfloat16)
+    assert bare.moved_bytes == 2 * (x + weight + 3 + y) and bare.on_tensor_cores
+
+
+@pytest.mark.parametrize("module, last", [(conv, "gated"), (linear, "scaled")], ids=["conv_bn_act", "linear_act"])
+def test_every_input_counts(module, last):
+    """A residual, a gate or a layer scale that got lost on the way would be timed as if it were there."""
+    shape = module.Shape("some", channels=16, out_channels=8, size=3, act="identity", residual=True, **{last: True})
+    case = module.make_case(shape, FORWARD)
+    expected = expect(case)
+    check(case, case.bbfast, expected)
+    inputs = expected.first.inputs
+    for index, changed in enumerate(inputs):
+        others = (*inputs[:index], changed + 1, *inputs[index + 1 :])
+        for function in (case.eager, case.bbfast):
+            with torch.no_grad():
+                assert not torch.allclose(function(*others), function(*inputs)), f"input {index}"
 
 
 def test_work_of_a_residual_addition():

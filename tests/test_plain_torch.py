@@ -48,6 +48,16 @@ def _conv(training: bool, act: str = "silu"):
     return call, (x, weight, *affine, residual)
 
 
+def _gated_conv():
+    x, weight, residual, gate = double(2, 4, 5, 6), double(6, 4, 1, 1), double(2, 6, 5, 6), double(2, 4)
+    *affine, mean, var = statistics(6)
+
+    def call(x, weight, bn_weight, bn_bias, residual, gate):
+        return ops.conv_bn_act(x, weight, bn_weight, bn_bias, mean, var, act="silu", residual=residual, gate=gate)
+
+    return call, (x, weight, *affine, residual, gate)
+
+
 def _depthwise(training: bool):
     *affine, mean, var = statistics(4)
 
@@ -98,6 +108,13 @@ def _add_layer_norm(has_branch: bool):
     return call, (double(3, 4, 5), double(5), double(5), *((double(3, 4, 5), double(5)) if has_branch else ()))
 
 
+def _linear_act():
+    def call(x, weight, bias, layer_scale, residual):
+        return ops.linear_act(x, weight, bias, act="silu", layer_scale=layer_scale, residual=residual)
+
+    return call, (double(3, 4, 5), double(6, 5), double(6), double(6), double(3, 4, 6))
+
+
 def _window_attention(pad_order: str):
     def call(qkv, table, qkv_bias):
         return ops.window_attention(
@@ -110,6 +127,7 @@ def _window_attention(pad_order: str):
 CASES = {
     "conv_bn_act": lambda: _conv(False),
     "conv_bn_act in training": lambda: _conv(True),
+    "conv_bn_act, gated": _gated_conv,
     "depthwise_conv_bn_act": lambda: _depthwise(False),
     "depthwise_conv_bn_act in training": lambda: _depthwise(True),
     "batch_norm_act": lambda: _batch_norm(False),
@@ -117,6 +135,7 @@ CASES = {
     "drop_path_add": _drop_path_add,
     "add_layer_norm": lambda: _add_layer_norm(True),
     "layer_norm": lambda: _add_layer_norm(False),
+    "linear_act": _linear_act,
     "window_attention": lambda: _window_attention("shift_then_pad"),
     "window_attention, padded first": lambda: _window_attention("pad_then_shift"),
     "window_partition": lambda: (lambda x: ops.window_partition(x, (2, 3), 1), (double(2, 4, 5, 3),)),
