@@ -37,7 +37,6 @@ FINISHED_COLUMNS = 32
 # The most that a measured configuration may ask for: accumulators per thread.
 MOST_ACCUMULATORS = 128
 
-
 # The kernel's integers.
 SIZES = (
     *("rows", "sample_rows", "width", "k_units", "n_units"),
