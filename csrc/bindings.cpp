@@ -6,6 +6,7 @@
 #include "build_config.h"  // written by setup.py
 #include "depthwise_conv_bn_act.h"
 #include "grouped_conv_bn_act.h"
+#include "im2col_conv_bn_act.h"
 #include "pointwise_conv_bn_act.h"
 #include "shortcut.h"
 #include "window_attention.h"
@@ -95,6 +96,15 @@ at::Tensor grouped(
   return grouped_conv_bn_act_cpu(x, weight, bn, residual, stride, padding, groups, act);
 }
 
+at::Tensor im2col(
+    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
+    const OptionalTensor& bn_bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& residual, std::array<int64_t, 2> stride, std::array<int64_t, 4> padding,
+    std::array<int64_t, 2> dilation, double eps, const std::string& act) {
+  const BatchNorm bn{bias, bn_weight, bn_bias, running_mean, running_var, eps};
+  return im2col_conv_bn_act_cpu(x, weight, bn, residual, stride, padding, dilation, act);
+}
+
 at::Tensor pointwise(
     const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
     const OptionalTensor& bn_bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -128,6 +138,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Grouped conv + BatchNorm + residual + act of a channels_last float32 CPU map.");
   m.def("grouped_pays", &grouped_pays, py::arg("weight"), py::arg("dilation"), py::arg("groups"),
         "Whether grouped_conv_bn_act is quicker than oneDNN.");
+  m.def("im2col_conv_bn_act", &im2col, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("bn_weight"),
+        py::arg("bn_bias"), py::arg("running_mean"), py::arg("running_var"), py::arg("residual"), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"), py::arg("eps"), py::arg("act"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Conv + BatchNorm + residual + act of a channels_last float32 CPU map, for outputs of few pixels.");
+  m.def("im2col_pays", &im2col_pays, py::arg("x"), py::arg("weight"), py::arg("stride"), py::arg("padding"),
+        py::arg("dilation"), py::arg("groups"),
+        "Whether im2col_conv_bn_act is quicker than kernels that prepare the weight in each call.");
   m.def("pointwise_conv_bn_act", &pointwise, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("bn_weight"),
         py::arg("bn_bias"), py::arg("running_mean"), py::arg("running_var"), py::arg("residual"), py::arg("stride"),
         py::arg("eps"), py::arg("act"), py::call_guard<py::gil_scoped_release>(),

@@ -15,6 +15,7 @@
 
 #include "depthwise_conv_bn_act.h"
 #include "grouped_conv_bn_act.h"
+#include "im2col_conv_bn_act.h"
 #include "pointwise_conv_bn_act.h"
 #include "winograd_conv_bn_act.h"
 
@@ -185,6 +186,9 @@ py::object try_pointwise_conv_bn_act(py::args args) {
   if (!read.reaches_cpu_kernel() || training) return py::none();
   if (!is_channels_last(x) || x.numel() == 0 || weight.dim() != 4) return py::none();
   const BatchNorm bn{bias, bn_weight, bn_bias, mean, var, eps};
+  if (im2col_pays(x, weight, stride, padding, dilation, groups)) {
+    return run_kernel([&] { return im2col_conv_bn_act_cpu(x, weight, bn, residual, stride, padding, dilation, act); });
+  }
   if (grouped_pays(weight, dilation, groups)) {
     return run_kernel([&] { return grouped_conv_bn_act_cpu(x, weight, bn, residual, stride, padding, groups, act); });
   }

@@ -11,8 +11,8 @@
 
 namespace bbfast {
 
-// Results of the kernels, or None; the first function leads to the pointwise, the grouped and the Winograd one. Arguments
-// as in bbfast.ops, none of them checked yet.
+// Results of the kernels, or None; the first function leads to the one for few pixels, the grouped, the Winograd and the
+// pointwise one. Arguments as in bbfast.ops, none of them checked yet.
 pybind11::object try_pointwise_conv_bn_act(pybind11::args args);
 pybind11::object try_depthwise_conv_bn_act(pybind11::args args);
 

@@ -387,8 +387,6 @@ def test_winograd_says_why_not(reason, changes, monkeypatch):
         (24, 24, 8, 3, "cpp"),
         (16, 64, 8, 8, "onednn"),
         (64, 16, 8, 8, "onednn"),
-        (64, 64, 1, 4, "onednn"),
-        (64, 64, 9, 2, "onednn"),
     ],
 )
 def test_winograd_runs_where_it_pays(channels, out_channels, batch, size, backend, monkeypatch):
@@ -401,6 +399,85 @@ def test_winograd_runs_where_it_pays(channels, out_channels, batch, size, backen
     choice = dispatch.last_choices()["conv_bn_act"]
     assert choice.backend == backend
     assert backend == "cpp" or any("to gain from Winograd" in reason for reason in choice.reasons)
+
+
+# x, weight, and what else decides: many values for few pixels, in each of the ways that would prepare the weight
+FEW_PIXELS = {
+    "instead of Winograd": ((1, 40, 6, 7), (37, 40, 3, 3), {"padding": 1}),
+    "one pixel": ((2, 24, 1, 1), (30, 24, 3, 3), {"padding": 1}),
+    "pointwise": ((2, 512, 2, 3), (520, 512, 1, 1), {}),
+    "pointwise with a stride": ((1, 512, 5, 4), (513, 512, 1, 1), {"stride": (2, 1)}),
+    "stem": ((1, 3, 32, 32), (21, 3, 7, 7), {"stride": 2, "padding": 3}),
+    "dilation": ((2, 5, 9, 8), (6, 5, 3, 2), {"dilation": (2, 3), "padding": (0, 2, 3, 1), "stride": (1, 2)}),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("weight_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("case", FEW_PIXELS)
+def test_few_pixels(case, act, weight_format, monkeypatch):
+    monkeypatch.delenv("BBFAST_BACKEND", raising=False)
+    monkeypatch.setattr("bbfast.env.TRITON_INTERPRET", False)
+    shape, weight_shape, keywords = FEW_PIXELS[case]
+    weight = (torch.randn(weight_shape) / weight_shape[1]).contiguous(memory_format=weight_format)
+    stride, dilation = (keywords.get(name, 1) for name in ("stride", "dilation"))
+    stride, dilation = ((v, v) if isinstance(v, int) else v for v in (stride, dilation))
+    padding = keywords.get("padding", 0)
+    padding = (padding,) * 4 if isinstance(padding, int) else padding
+    channels = weight_shape[0]
+    for layout, x in layouts(torch.randn(shape)).items():
+        if "channels_last" not in layout or x.stride(3) == 1:  # one pixel: either format
+            continue
+        for bn, bias, has_residual in (
+            (batch_norm_tensors(channels), None, True),
+            (batch_norm_tensors(channels), torch.randn(channels), False),
+            ([None] * 4, torch.randn(channels), False),
+        ):
+            with torch.no_grad():
+                plain = reference(x, weight, bias, *bn, None, stride, padding, dilation, 1, False, 0.1, 1e-5, act)
+                residual = torch.randn(plain.shape) if has_residual else None
+                y = conv_bn_act(x, weight, *bn, bias=bias, act=act, residual=residual, **keywords)
+            expect(y, x, weight, bias, bn, residual, stride, padding, dilation, 1, 1e-5, act, f"{layout} {act}")
+            assert y.is_contiguous(memory_format=torch.channels_last)
+            assert dispatch.last_choices()["conv_bn_act"].backend == "cpp"
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "shape, weight_shape, stride, padding, pays",
+    [
+        ((1, 512, 4, 4), (512, 512, 1, 1), 1, 0, True),
+        ((1, 512, 4, 5), (512, 512, 1, 1), 1, 0, False),  # more pixels share a packed weight
+        ((1, 512, 1, 1), (511, 512, 1, 1), 1, 0, False),  # quickly packed
+        ((1, 64, 6, 8), (64, 64, 3, 3), 1, 1, True),
+        ((1, 64, 7, 7), (64, 64, 3, 3), 1, 1, False),  # more pixels share a transformed weight
+        ((4, 128, 8, 8), (64, 128, 3, 3), 2, 1, True),  # as many pixels as output channels
+        ((4, 128, 8, 10), (64, 128, 3, 3), 2, 1, False),
+        ((1, 3, 64, 64), (16, 3, 3, 3), 2, 1, True),  # small patches
+        ((1, 3, 112, 112), (16, 3, 3, 3), 2, 1, False),
+        ((1, 4, 2, 2), (4, 4, 3, 3), 1, 0, False),  # no room for the weight
+        ((1, 4, 2, 2), (4, 2, 1, 1), 1, 0, False),  # the weight does not fit
+    ],
+)
+def test_few_pixels_are_few_for_the_weight(shape, weight_shape, stride, padding, pays):
+    x, weight = torch.empty(shape), torch.empty(weight_shape)
+    assert extension.load().im2col_pays(x, weight, (stride,) * 2, (padding,) * 4, (1, 1), 1) == pays
+    assert not extension.load().im2col_pays(x, weight, (stride,) * 2, (padding,) * 4, (1, 1), 2)
+
+
+@needs_extension
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_few_pixels_keep_what_is_not_finite(act, monkeypatch):
+    monkeypatch.delenv("BBFAST_BACKEND", raising=False)
+    x = torch.randn(2, 32, 4, 4)
+    x[0, 3, 0, 0], x[1, :, 3, 3] = float("nan"), float("inf")
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight, bn = torch.rand(40, 32, 3, 3) + 0.1, batch_norm_tensors(40)
+    with torch.no_grad():
+        y = conv_bn_act(x, weight, *bn, act=act, padding=1)
+    torch_y = reference(x, weight, None, *bn, None, (1, 1), (1,) * 4, (1, 1), 1, False, 0.1, 1e-5, act)
+    assert y.isnan().any() and torch.equal(y.isnan(), torch_y.isnan()) and torch.equal(y.isinf(), torch_y.isinf())
 
 
 @needs_onednn

@@ -76,6 +76,13 @@ WINOGRAD_CALLS = [
     {**WINOGRAD, "bias": torch.randn(30), "act": "gelu", "padding": (0, 1, 2, 1)},
     {**WINOGRAD, "residual": torch.randn(2, 30, 9, 6).contiguous(memory_format=torch.channels_last)},
 ]
+FEW_PIXELS = {**WINOGRAD, "x": torch.randn(2, 26, 4, 5).contiguous(memory_format=torch.channels_last)}
+FEW_PIXELS_CALLS = [
+    FEW_PIXELS,
+    {**FEW_PIXELS, "bias": torch.randn(30), "act": "gelu", "stride": (2, 1), "padding": (0, 1, 2, 1)},
+    {**FEW_PIXELS, "residual": torch.randn(2, 30, 4, 5).contiguous(memory_format=torch.channels_last)},
+]
+MANY_PIXELS = {**WINOGRAD, "x": torch.randn(2, 26, 40, 40).contiguous(memory_format=torch.channels_last)}
 DEPTHWISE_CALLS = [
     {"stride": (1, 1), "dilation": (1, 1), "padding": (1, 1)},
     {"stride": (2, 1), "dilation": (1, 2), "padding": (0, 1, 3, 2), "act": "hardswish", "squeeze": True},
@@ -91,7 +98,8 @@ PLAIN = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
     ("depthwise", "changes"),
-    [(False, c) for c in POINTWISE_CALLS + GROUPED_CALLS + WINOGRAD_CALLS] + [(True, c) for c in DEPTHWISE_CALLS],
+    [(False, c) for c in POINTWISE_CALLS + GROUPED_CALLS + WINOGRAD_CALLS + FEW_PIXELS_CALLS]
+    + [(True, c) for c in DEPTHWISE_CALLS],
 )
 def test_both_ways_agree(depthwise, changes, mode, long_way, monkeypatch):
     changes = {**PLAIN, **arguments(depthwise), **changes}
@@ -124,7 +132,7 @@ OTHER_ARGUMENTS = [
 @pytest.mark.parametrize(
     ("depthwise", "changes"),
     [(depthwise, changes) for depthwise in (False, True) for changes in OTHER_ARGUMENTS]
-    + [(False, {**WINOGRAD, **change}) for change in ({"dilation": (2, 2)}, {"padding": (3, 3)}, {"stride": (2, 2)})]
+    + [(False, {**MANY_PIXELS, **change}) for change in ({"dilation": (2, 2)}, {"padding": (3, 3)}, {"stride": (2, 2)})]
     + [(False, {"padding": (1, 1)}), (False, {**GROUPED, "dilation": (1, 2)})]
     + [(True, {"weight": torch.randn(24, 1, 3, 3)})],
 )

@@ -44,6 +44,26 @@ def pointwise_conv_bn_act(
     )
 
 
+def takes_few_pixels(x, weight, *geometry) -> bool:
+    """Whether the product of gathered patches and the weight as it lies is quickest; never where `BBFAST_BACKEND=cpp`.
+
+    geometry: stride, padding, dilation, groups.
+    """
+    return (
+        env.backend() != "cpp" and extension.load() is not None and extension.load().im2col_pays(x, weight, *geometry)
+    )
+
+
+def im2col_conv_bn_act(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, *args) -> torch.Tensor:
+    """`act(batch_norm(conv(x)) + residual)` for outputs of few pixels; x channels_last, slices included.
+
+    args: stride, padding, dilation, eps, act.
+    """
+    return extension.load().im2col_conv_bn_act(
+        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, *args
+    )
+
+
 def grouped_unsupported_reasons(weight, dilation, groups) -> list[str]:
     """Why the extension should not run a convolution of several groups (empty: it should)."""
     if extension.load() is None or extension.load().grouped_pays(weight, dilation, groups):
@@ -105,8 +125,7 @@ def depthwise_conv_bn_act(x, *args) -> tuple[torch.Tensor, torch.Tensor | None]:
 # calls (float32, channels_last, inference, nobody tracing or watching) the extension answers at once, and with None
 # where it is not sure that the long way would lead to the same kernel. Arguments need no checks: a wrong one is None.
 
-_AT_ONCE = dispatch.Choice("cpp", ())
-_AT_ONCE_AFTER_TRITON = dispatch.Choice("cpp", (f"triton: {dispatch.TRITON_ON_CPU}",))
+_AT_ONCE = dispatch.Choice("cpp", (f"triton: {dispatch.TRITON_ON_CPU}",))
 
 
 def try_pointwise_conv_bn_act(op: str, x, *args) -> torch.Tensor | None:
@@ -121,15 +140,17 @@ def try_pointwise_conv_bn_act(op: str, x, *args) -> torch.Tensor | None:
 
 def try_depthwise_conv_bn_act(op: str, x, *args) -> tuple[torch.Tensor, torch.Tensor] | None:
     """`op`'s (y, squeeze means or empty), or None where the long way must be taken."""
-    if env.TRITON_INTERPRET or not _may_take_short_way(x):
+    if not _may_take_short_way(x):
         return None
     outputs = extension.load().try_depthwise_conv_bn_act(x, *args)
     if outputs is not None:
-        dispatch.record(op, _AT_ONCE_AFTER_TRITON)
+        dispatch.record(op, _AT_ONCE)
     return outputs
 
 
 def _may_take_short_way(x) -> bool:
+    if env.TRITON_INTERPRET:  # Triton's kernels come first, on the CPU, too
+        return False
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not x.is_cpu or dispatch.wants_plain_torch():
         return False
     return env.backend() == "auto" and extension.load() is not None

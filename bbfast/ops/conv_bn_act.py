@@ -102,7 +102,9 @@ def _layout_reasons(x, weight, groups, padding, gated) -> list[str]:
 
 def _triton_unsupported_reasons(x, weight, *args) -> list[str]:
     *_, padding, _dilation, groups, _eps, _act, gate, training, needs_grad = args
-    reasons = dispatch.triton_unavailable_reasons(x) + _inference_reasons(training, needs_grad)
+    if unavailable := dispatch.triton_unavailable_reasons(x):
+        return unavailable
+    reasons = _inference_reasons(training, needs_grad)
     reasons += _layout_reasons(x, weight, groups, padding, gate is not None)
     return reasons + _pointwise.row_reasons(x.shape[0] * x.shape[2] * x.shape[3])
 
@@ -110,6 +112,8 @@ def _triton_unsupported_reasons(x, weight, *args) -> list[str]:
 def _cpp_unsupported_reasons(x, weight, *args) -> list[str]:
     *_, stride, padding, dilation, groups, _eps, _act, gate, training, needs_grad = args
     reasons = _cpp.unsupported_reasons(x) + _inference_reasons(training, needs_grad) + _gate_reasons(gate)
+    if not reasons and _cpp.takes_few_pixels(x, weight, stride, padding, dilation, groups):
+        return []
     if groups != 1:
         return reasons + _cpp.grouped_unsupported_reasons(weight, dilation, groups)
     if weight.shape[2:] == (3, 3):
@@ -136,7 +140,9 @@ def _run_triton(x, *args):
 
 
 def _run_cpp(x, *args):
-    *tensors, stride, padding, _dilation, groups, eps, act, _gate, _training, _needs_grad = args
+    *tensors, stride, padding, dilation, groups, eps, act, _gate, _training, _needs_grad = args
+    if _cpp.takes_few_pixels(x, tensors[0], stride, padding, dilation, groups):
+        return _cpp.im2col_conv_bn_act(x, *tensors, stride, padding, dilation, eps, act)
     if groups != 1:
         return _cpp.grouped_conv_bn_act(x, *tensors, stride, padding, groups, eps, act)
     if tensors[0].shape[2:] == (3, 3):
