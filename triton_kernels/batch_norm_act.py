@@ -91,7 +91,7 @@ def _normalised_and_grad(
         z = normalised * weight + bias
         if residual_ptr is not None:
             z += load_tile(residual_ptr, place, sizes, strides[2], WALK)
-        g *= activation_grad(z, ACT)
+        g *= activation_grad(z, ACT, x_ptr.dtype.element_ty)
     return normalised, g
 
 
@@ -198,7 +198,7 @@ def _batch_norm_act_forward_kernel(
         z = (load_tile(x_ptr, place, sizes, x_strides, WALK) - mean) * scale + bias
         if residual_ptr is not None:
             z += load_tile(residual_ptr, place, sizes, residual_strides, WALK)
-        store_tile(y_ptr, activation(z, ACT), place, sizes, y_strides, WALK)
+        store_tile(y_ptr, activation(z, ACT, y_ptr.dtype.element_ty), place, sizes, y_strides, WALK)
 
 
 # Tile: block_c channels x block_p positions, `tiles_per_program` of them. Reads x and dy (and the residual) once;

@@ -311,7 +311,7 @@ def _forward_kernel(
         )
         ptrs = y_ptr + _wide(s) * (stride_ys * VECTOR) + offsets_y
         for column in tl.static_range(TILE_S):
-            y = activation(accumulators[column] * scale + shift, ACT)
+            y = activation(accumulators[column] * scale + shift, ACT, y_ptr.dtype.element_ty)
             mask = mask_y & (s + column < s_end)
             tl.store(ptrs + column * (stride_ys * VECTOR), y.to(y_ptr.dtype.element_ty), mask=mask)
             if squeeze_ptr is not None:
@@ -559,7 +559,7 @@ def _conv_grad_kernel(
                 g = tl.load(dy_ptrs + column * (stride_dys * VECTOR), mask=mask, other=0.0).to(tl.float32)
                 if dsqueeze_ptr is not None:
                     g += tl.where(mask, dsqueeze, 0.0)
-                g *= activation_grad(accumulators[column] * scale + shift, ACT)
+                g *= activation_grad(accumulators[column] * scale + shift, ACT, dy_ptr.dtype.element_ty)
                 normalised = (accumulators[column] - centre) * invstd
                 if partials_ptr is not None:
                     sum_g += g

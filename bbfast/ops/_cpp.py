@@ -49,9 +49,8 @@ def takes_few_pixels(x, weight, *geometry) -> bool:
 
     geometry: stride, padding, dilation, groups.
     """
-    return (
-        env.backend() != "cpp" and extension.load() is not None and extension.load().im2col_pays(x, weight, *geometry)
-    )
+    pays = extension.load() is not None and extension.load().im2col_pays(x, weight, *geometry)
+    return pays and env.backend() != "cpp"
 
 
 def im2col_conv_bn_act(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residual, *args) -> torch.Tensor:
