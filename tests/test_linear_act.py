@@ -11,7 +11,7 @@ from numerics import assert_within_rule, check_op, poison_new_empty
 from torch import nn
 
 from bbfast import dispatch, exportable
-from bbfast.nn import LinearAct, apply_linear_act
+from bbfast.nn import ConvNeXtBlock, LinearAct, SwinBlock, apply_linear_act
 from bbfast.ops import linear_act
 from bbfast.reference.activation import ACTIVATIONS
 from bbfast.reference.linear_act import linear_act as reference
@@ -275,3 +275,21 @@ def test_bad_input(error, match, changes):
     arguments = {"x": torch.zeros(3, 8), "weight": torch.zeros(16, 8), **changes}
     with pytest.raises(error, match=match):
         linear_act(**arguments)
+
+
+# ---- perceptrons that take the sum along -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", ["swin", "convnext"])
+def test_a_hook_on_a_perceptron_sees_its_own_result(block):
+    """Not that with the sum, which it is only given where nobody looks."""
+    block = SwinBlock(16, (8, 8), window_size=4).eval() if block == "swin" else ConvNeXtBlock(16).eval()
+    x = torch.randn(2, 8, 8, 16) if isinstance(block, SwinBlock) else torch.randn(2, 8, 8, 16).permute(0, 3, 1, 2)
+    seen = []
+    with torch.no_grad():
+        before = block(x)
+        block.mlp.register_forward_hook(lambda module, args, y: seen.append((args, y)))
+        torch.testing.assert_close(block(x), before)
+        ((inputs, y),) = seen
+        assert len(inputs) == 1
+        torch.testing.assert_close(y, block.mlp.fc2(F.gelu(block.mlp.fc1(inputs[0]))))

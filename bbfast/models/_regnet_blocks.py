@@ -2,7 +2,7 @@
 
 Where norms are BatchNorms, each convolution with its norm and activation is one op, and the last one of a block takes
 the shortcut along. The modules have timm's names, so that state_dicts are exchangeable, but inside a block they only
-lend their parameters and state: hooks on a `conv` or a `bn` do not run. With another norm torch's own layers run.
+lend their parameters and state: hooks on a `conv`, a `bn` or an `se` do not run. With another norm torch's own layers run.
 """
 
 from __future__ import annotations
@@ -233,8 +233,11 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[N, in_chs, H, W]` to `[N, out_chs, H', W']`, sizes divided by the stride and rounded up."""
-        y = self.conv2(self.conv1(x))
-        gate = self.se.factors(y) if isinstance(self.se, SEModule) else None
+        y, gate = self.conv2(self.conv1(x)), None
+        if isinstance(self.se, SEModule):
+            gate = self.se.factors(y)
+        else:
+            y = self.se(y)
         if self.downsample is None:
             return self.conv3(y, act=self.act, gate=gate)
         shortcut = self.downsample(x)

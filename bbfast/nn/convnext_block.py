@@ -12,7 +12,7 @@ from bbfast.nn.channel_norm import LayerNorm
 from bbfast.nn.depthwise_conv_bn_act import apply_depthwise_conv_bn_act
 from bbfast.nn.drop_path_add import DropPathAdd
 from bbfast.nn.global_response_norm import GlobalResponseNorm
-from bbfast.nn.linear_act import apply_linear_act
+from bbfast.nn.linear_act import apply_linear_act, is_bare
 from bbfast.ops._common import is_channels_last
 
 
@@ -127,7 +127,8 @@ class ConvNeXtBlock(nn.Module):
         """Takes `[N, C, H, W]` and returns the same shape and memory format."""
         branch = apply_depthwise_conv_bn_act(self.conv_dw, None, x, act="identity")
         branch = self.norm(branch.permute(0, 2, 3, 1))
+        drops = self.training and self.drop_path.drop_prob
         # Symbolic tracing knows no layouts.
-        if isinstance(x, torch.Tensor) and is_channels_last(x) and not (self.training and self.drop_path.drop_prob):
+        if not drops and is_bare(self.mlp) and isinstance(x, torch.Tensor) and is_channels_last(x):
             return self.mlp(branch, x.permute(0, 2, 3, 1), self.gamma).permute(0, 3, 1, 2)
         return self.drop_path(x, self.mlp(branch).permute(0, 3, 1, 2), self.gamma)

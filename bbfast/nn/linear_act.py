@@ -59,7 +59,7 @@ def apply_linear_act(
     name = act if isinstance(act, str) else _activation_name(act)
     if name is None:
         y = act(apply_linear_act(linear, x))
-    elif isinstance(linear, nn.Conv2d) or (type(linear) is nn.Linear and _is_bare(linear)):
+    elif isinstance(linear, nn.Conv2d) or (type(linear) is nn.Linear and is_bare(linear)):
         weight = linear.weight.flatten(1)
         return ops.linear_act(x, weight, linear.bias, act=name, residual=residual, layer_scale=layer_scale)
     else:
@@ -70,14 +70,14 @@ def apply_linear_act(
 
 def _activation_name(act: nn.Module) -> str | None:
     """The ops' name of a module that does nothing but an activation they know, else None."""
-    if not _is_bare(act):
+    if not is_bare(act):
         return None
     if type(act) is nn.GELU:
         return "gelu" if act.approximate == "none" else None
     return _ACTIVATIONS.get(type(act))
 
 
-def _is_bare(module: nn.Module) -> bool:
+def is_bare(module: nn.Module) -> bool:
     """Whether calling it runs its class's forward and nothing else."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(hooks) and "forward" not in module.__dict__

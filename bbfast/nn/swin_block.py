@@ -9,7 +9,7 @@ from torch import nn
 from bbfast.nn._arguments import check_bool, check_positive, check_probability
 from bbfast.nn.add_layer_norm import apply_add_layer_norm
 from bbfast.nn.drop_path_add import DropPathAdd
-from bbfast.nn.linear_act import apply_linear_act
+from bbfast.nn.linear_act import apply_linear_act, is_bare
 from bbfast.nn.window_attention import ShiftedWindowAttention
 from bbfast.ops._common import pair
 
@@ -142,7 +142,8 @@ class SwinBlock(nn.Module):
         else:
             x = _add(self.drop_path1, x, branch)
             normalised = self.norm2(x)
-        if isinstance(self.mlp, Mlp) and not (self.training and isinstance(self.drop_path2, DropPathAdd)):
+        drops = self.training and isinstance(self.drop_path2, DropPathAdd)
+        if not drops and isinstance(self.mlp, Mlp) and is_bare(self.mlp):
             return self.mlp(normalised, residual=x)
         return _add(self.drop_path2, x, self.mlp(normalised))
 
