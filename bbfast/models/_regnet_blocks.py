@@ -2,7 +2,8 @@
 
 Where norms are BatchNorms, each convolution with its norm and activation is one op, and the last one of a block takes
 the shortcut along. The modules have timm's names, so that state_dicts are exchangeable, but inside a block they only
-lend their parameters and state: hooks on a `conv`, a `bn` or an `se` do not run. With another norm torch's own layers run.
+lend their parameters and state: hooks on a `conv`, a `bn` or an `se` do not run. With another norm torch's own layers
+run.
 """
 
 from __future__ import annotations
