@@ -35,6 +35,7 @@ def _check_mobilenetv3(reports, archs):
         assert report["halo"] <= 1.15, report
 
 
+@pytest.mark.thorough
 def test_mobilenetv3_layers(tmp_path):
     _check_mobilenetv3(_check(tmp_path, ["mobilenetv3"], [90]), [90])
 
