@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from numerics import assert_within_rule, check_op, poison_new_empty
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from bbfast import dispatch, exportable
 from bbfast.nn import ConvNeXtBlock, LinearAct, SwinBlock, apply_linear_act
@@ -219,6 +220,18 @@ def test_what_somebody_did_to_a_linear_layer_counts(change):
     with torch.no_grad():
         y = apply_linear_act(linear, x, act=nn.GELU(), residual=residual, layer_scale=scale)
         torch.testing.assert_close(y, residual + scale * F.gelu(linear(x)))
+
+
+def test_a_weight_of_a_class_of_its_own_is_left_to_its_layer():
+    """As quantisation and sharding put it into a plain nn.Linear."""
+    linear, x = nn.Linear(8, 16), torch.randn(3, 8)
+    weight = linear.weight.detach()
+    linear.weight = nn.Parameter(TwoTensor(weight, weight.clone()))
+    assert type(linear.weight) is TwoTensor
+    with torch.no_grad():
+        y = apply_linear_act(linear, x, act="gelu")
+    assert type(y) is TwoTensor
+    torch.testing.assert_close(y.a, F.gelu(F.linear(x, weight, linear.bias)))
 
 
 @pytest.mark.parametrize(

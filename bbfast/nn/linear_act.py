@@ -51,7 +51,7 @@ def apply_linear_act(
 
     Args:
         linear: an nn.Linear, or a 1x1 nn.Conv2d, which only lends its parameters here. Anything else (adapters,
-            quantised layers), and an nn.Linear with hooks, is called.
+            quantised layers), and an nn.Linear with hooks or a weight that stands for others, is called.
         x: `[..., K]`.
         act: by the ops' name, or a module, which is called unless it is a plain one that the ops know.
         residual, layer_scale: see `bbfast.ops.linear_act`.
@@ -59,8 +59,8 @@ def apply_linear_act(
     name = act if isinstance(act, str) else _activation_name(act)
     if name is None:
         y = act(apply_linear_act(linear, x))
-    elif isinstance(linear, nn.Conv2d) or (type(linear) is nn.Linear and is_bare(linear)):
-        weight = linear.weight.flatten(1)
+    elif isinstance(linear, nn.Conv2d) or (type(linear) is nn.Linear and is_bare(linear) and _is_plain(linear.weight)):
+        weight = linear.weight if linear.weight.dim() == 2 else linear.weight.flatten(1)
         return ops.linear_act(x, weight, linear.bias, act=name, residual=residual, layer_scale=layer_scale)
     else:
         y = activation(linear(x), name)
@@ -81,3 +81,8 @@ def is_bare(module: nn.Module) -> bool:
     """Whether calling it runs its class's forward and nothing else."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(hooks) and "forward" not in module.__dict__
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    """Whether it holds its values itself, unlike a quantised or a sharded one of a class of its own."""
+    return not hasattr(type(weight), "__tensor_flatten__")

@@ -65,7 +65,8 @@ def apply_squeeze_excite(
 def apply_gate(x: torch.Tensor, gate: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     """`x` [N, C, H, W] times `gate` [N, C]; x is overwritten where `inplace` and no gradients are recorded."""
     if gate.shape != x.shape[:2]:
-        raise ValueError(f"squeezed must have shape {tuple(x.shape[:2])}, [N, C] of x, got {tuple(gate.shape)}")
+        shape = tuple(x.shape[:2])
+        raise ValueError(f"gate and squeezed must have shape {shape}, [N, C] of x, got {tuple(gate.shape)}")
     factor = gate[:, :, None, None]
     if inplace and not torch.is_grad_enabled() and factor.dtype == x.dtype:
         return x.mul_(factor)
