@@ -60,7 +60,8 @@ def apply_linear_act(
     if name is None:
         y = act(apply_linear_act(linear, x))
     elif isinstance(linear, nn.Conv2d) or (type(linear) is nn.Linear and is_bare(linear) and _is_plain(linear.weight)):
-        weight = linear.weight if linear.weight.dim() == 2 else linear.weight.flatten(1)
+        # Asked of the module, not of the weight: torch.fx does not know a weight's dimensions.
+        weight = linear.weight.flatten(1) if isinstance(linear, nn.Conv2d) else linear.weight
         return ops.linear_act(x, weight, linear.bias, act=name, residual=residual, layer_scale=layer_scale)
     else:
         y = activation(linear(x), name)
