@@ -1,12 +1,14 @@
 """Kernels, bytes and the least time of whole models on an H100, planned without a GPU.
 
-    python -m bbfast.benchmarks.traffic [--model NAME ...] [--provider NAME ...] [--batch 128] [--dtype bf16|fp16]
-        [--json FILE] [--verbose]
+    python -m bbfast.benchmarks.traffic [--model NAME ...] [--provider NAME ...] [--mode infer|train] [--batch 128]
+        [--dtype bf16|fp16] [--json FILE] [--verbose]
 
 Eager providers are counted op by op (`eager_kernels.py`), compiled ones as Inductor's scheduler fuses them
 (`inductor_plan.py`), all on a pretended H100 (`fake_h100.py`). A kernel takes the longer of its bytes over 3.0 TB/s and
 its FLOPs over 798 TFLOP/s (tensor cores) or 60 TFLOP/s (CUDA cores); both were measured on such a card. These are
 floors, not measurements: real kernels are slower, by how much differs, and data that stays in the L2 cache is faster.
+
+Training is forward and backward without the optimizer's step, all in the given dtype, of compiled providers only.
 
 Each plan takes half a minute to minutes of one core, in a process of its own.
 """
@@ -46,6 +48,7 @@ MODELS = (
 # "swapped" is timm's model after bbfast.swap; "+sdpa" is timm's with torch's scaled_dot_product_attention.
 PROVIDERS = ("eager", "bbfast", "compile", "compile+sdpa", "bbfast+compile", "swapped+compile")
 BASELINE = "compile"
+MODES = {"infer": "inference", "train": "training"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGE_SIZE = 224
 
@@ -56,6 +59,7 @@ class Plan:
 
     model: str
     provider: str
+    mode: str
     batch: int
     dtype: str
     kernels: tuple[Kernel, ...]
@@ -76,17 +80,17 @@ class Plan:
 # ---- planning --------------------------------------------------------------------------------------------
 
 
-def plan(model: str, provider: str, batch: int, dtype: str) -> Plan:
-    """Plans inference of one model, in this process: better in one that does nothing else."""
+def plan(model: str, provider: str, mode: str, batch: int, dtype: str) -> Plan:
+    """Plans one model, in this process: better in one that does nothing else."""
     from bbfast.benchmarks.eager_kernels import EagerKernels
     from bbfast.benchmarks.fake_h100 import fake_h100, to_fake_h100
     from bbfast.benchmarks.inductor_plan import InductorPlan
 
-    network = _create(model, provider).eval().to(DTYPES[dtype])
+    network = _create(model, provider).train(mode == "train").to(DTYPES[dtype])
     # Convolutions run in channels_last, which is the fastest for all; a transformer's images are as torch makes them.
     layout = torch.contiguous_format if _is_transformer(model) else torch.channels_last
     network = network.to(memory_format=layout)
-    with fake_h100(), torch.no_grad():
+    with fake_h100(), torch.set_grad_enabled(mode == "train"):
         to_fake_h100(network)
         images = torch.empty(batch, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=DTYPES[dtype], device="cuda")
         images = images.to(memory_format=layout)
@@ -96,7 +100,7 @@ def plan(model: str, provider: str, batch: int, dtype: str) -> Plan:
         else:
             with EagerKernels() as planned:
                 network(images)
-    return Plan(model, provider, batch, dtype, tuple(planned.kernels))
+    return Plan(model, provider, mode, batch, dtype, tuple(planned.kernels))
 
 
 def _create(model: str, provider: str) -> torch.nn.Module:
@@ -117,7 +121,7 @@ def _is_transformer(model: str) -> bool:
     return model.startswith("swin")
 
 
-def plans(cases: Iterable[tuple[str, str]], batch: int, dtype: str, workers: int) -> Iterable[Plan]:
+def plans(cases: Iterable[tuple[str, str]], mode: str, batch: int, dtype: str, workers: int) -> Iterable[Plan]:
     """Plans of (model, provider) cases in their order, each in a process of its own, `workers` at a time."""
     # A process for each plan, since torch remembers the H100. The server that they are forked from imports torch once.
     context = multiprocessing.get_context("forkserver")
@@ -125,14 +129,15 @@ def plans(cases: Iterable[tuple[str, str]], batch: int, dtype: str, workers: int
         ["timm", "bbfast.swap", "bbfast.benchmarks.inductor_plan", "torch._inductor.lowering"]
     )
     with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
-        futures = [pool.submit(plan, model, provider, batch, dtype) for model, provider in cases]
+        futures = [pool.submit(plan, model, provider, mode, batch, dtype) for model, provider in cases]
         for future in futures:
             yield future.result()
 
 
-def providers_of(model: str, wanted: Iterable[str]) -> list[str]:
-    """The providers that differ for a model: convolutional networks have no attention."""
-    return [provider for provider in wanted if _is_transformer(model) or "sdpa" not in provider]
+def providers_of(model: str, wanted: Iterable[str], mode: str) -> list[str]:
+    """The providers that differ for a model (convolutional networks have no attention) and can be planned."""
+    able = [provider for provider in wanted if mode == "infer" or "compile" in provider]
+    return [provider for provider in able if _is_transformer(model) or "sdpa" not in provider]
 
 
 # ---- results ---------------------------------------------------------------------------------------------
@@ -143,7 +148,7 @@ def results(done: list[Plan], measured_on: dict) -> dict:
     rows = []
     for found in done:
         sums = {"kernels": len(found.kernels), "bytes": found.bytes, "flops": found.flops, "floor_ms": found.floor_ms}
-        case = {"model": found.model, "provider": found.provider, "mode": "infer", "image_size": IMAGE_SIZE}
+        case = {"model": found.model, "provider": found.provider, "mode": found.mode, "image_size": IMAGE_SIZE}
         baseline = _baseline(found, done)
         ratio = baseline.floor_ms / found.floor_ms if baseline else None
         # Equal kernels once, in the order in which they first run.
@@ -169,8 +174,8 @@ def _baseline(found: Plan, done: list[Plan]) -> Plan | None:
 
 
 def print_table(done: list[Plan]) -> None:
-    batch, dtype = done[0].batch, done[0].dtype
-    table = Table(title=f"Planned for an H100, batch {batch}, {dtype}, inference; no kernel ran")
+    batch, dtype, mode = done[0].batch, done[0].dtype, MODES[done[0].mode]
+    table = Table(title=f"Planned for an H100, batch {batch}, {dtype}, {mode}; no kernel ran")
     for header in ("model", "provider", "kernels", "GB", "floor ms", f"{BASELINE} / this"):
         table.add_column(header, no_wrap=True, justify="left" if header in ("model", "provider") else "right")
     last = None
@@ -199,6 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m bbfast.benchmarks.traffic")
     parser.add_argument("--model", nargs="+", default=list(MODELS), help="names of timm's", metavar="NAME")
     parser.add_argument("--provider", nargs="+", default=list(PROVIDERS), choices=PROVIDERS, metavar="NAME")
+    parser.add_argument("--mode", choices=list(MODES), default="infer")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--workers", type=int, default=1, help="plans at a time, each about 1.5 GB")
@@ -211,10 +217,13 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)} is not allowed; it must be at least 1")
 
-    cases = [(model, provider) for model in options.model for provider in providers_of(model, options.provider)]
+    models, mode = options.model, options.mode
+    cases = [(model, provider) for model in models for provider in providers_of(model, options.provider, mode)]
+    if not cases:
+        parser.error(f"--provider {' '.join(options.provider)}: none of these can be planned in --mode {mode}")
     found_here = planning_facts()
     done: list[Plan] = []
-    for found in plans(cases, options.batch, options.dtype, options.workers):
+    for found in plans(cases, mode, options.batch, options.dtype, options.workers):
         done.append(found)
         print(f"{len(done)}/{len(cases)} {found.model} {found.provider}: {found.floor_ms:.2f} ms", file=sys.stderr)
         if options.verbose:

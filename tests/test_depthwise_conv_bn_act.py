@@ -347,6 +347,25 @@ def test_convolution_alone_on_the_cpu(backend, case, monkeypatch):
     )
 
 
+# By name: a gradient for an output of this shape.
+GRADIENTS = {
+    "nchw": lambda n, c, h, w: torch.randn(n, c, h, w),
+    "nhwc": lambda n, c, h, w: torch.randn(n, h, w, c).permute(0, 3, 1, 2),
+    "expanded": lambda n, c, h, w: torch.randn(1, c, 1, 1).expand(n, c, h, w),
+    "transposed": lambda n, c, h, w: torch.randn(n, w, h, c).permute(0, 3, 2, 1),
+    "slice": lambda n, c, h, w: torch.randn(n, h, w, c + 8).permute(0, 3, 1, 2)[:, 4:-4],
+}
+
+
+@pytest.mark.parametrize("make_grad", GRADIENTS.values(), ids=GRADIENTS)
+@pytest.mark.parametrize("case", ALONE, ids=lambda case: f"{case.kernel[0]}x{case.kernel[1]}_{case.shape[1]}")
+def test_backward_of_a_convolution_alone_does_not_convolve_again(case, make_grad, device, on_kernels, monkeypatch):
+    case = dataclasses.replace(case, act="identity", batch_norm=False, training=False, squeeze=False)
+    monkeypatch.setattr(kernels, "_conv_grad", None)  # not to be called
+    y = case.call(op, *case.inputs(device))
+    case.run(device, grads=[make_grad(*y.shape).to(device)])
+
+
 def test_convolution_alone_under_autocast(on_reference):
     """As torch's conv2d: everything in half precision, gradients in the leaves' own."""
     x, weight, bias = torch.randn(2, 6, 8, 9), torch.randn(6, 1, 7, 7), torch.randn(6)

@@ -100,6 +100,23 @@ class Block(torch.nn.Module):
         return F.relu(ops.drop_path_add(x, branch, layer_scale=self.layer_scale))
 
 
+class Trained(torch.nn.Module):
+    """A convolution with a bias, a depthwise one with its norm, and a sum that leaves samples out."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = torch.nn.Conv2d(64, 64, 3, padding=1)
+        self.depthwise = torch.nn.Conv2d(64, 64, 3, padding=1, groups=64, bias=False)
+        self.norm = torch.nn.BatchNorm2d(64)
+
+    def forward(self, x):
+        from bbfast import nn
+
+        branch = nn.apply_depthwise_conv_bn_act(self.depthwise, self.norm, self.dense(x), act="relu")
+        keep = x.new_empty(len(x), 1, 1, 1).bernoulli_(0.5)
+        return x + branch * keep
+
+
 def count() -> dict:
     from bbfast.benchmarks.eager_kernels import EagerKernels
     from bbfast.benchmarks.fake_h100 import fake_h100, to_fake_h100
@@ -110,6 +127,7 @@ def count() -> dict:
 
     real = replaced()
     block = Block().eval().bfloat16().to(memory_format=torch.channels_last)
+    trained = Trained().train().bfloat16().to(memory_format=torch.channels_last)
     found = {}
     with fake_h100(), torch.no_grad():
         for name, run in small_cases().items():
@@ -120,6 +138,11 @@ def count() -> dict:
         planned = InductorPlan()
         torch.compile(block, backend=planned, fullgraph=True)(new_map())
         found["compiled block"] = planned.kernels
+    with fake_h100():
+        to_fake_h100(trained)
+        planned = InductorPlan()
+        torch.compile(trained, backend=planned, fullgraph=True)(new_map().requires_grad_())
+        found["trained block"] = planned.kernels
     assert replaced() == real
     return {name: [[k.name, k.bytes, k.flops, k.on_tensor_cores] for k in kernels] for name, kernels in found.items()}
 
@@ -204,6 +227,20 @@ def test_inductor_fuses_around_our_ops(counted):
     assert sum_of_both[0].startswith("fused") and sum_of_both[1] == 3 * MAP + 8 * VECTOR
     assert (pack[1], depthwise[1]) == (PACK, 2 * MAP + PACKED)
     assert last[0].startswith("fused") and last[1] == 3 * MAP + VECTOR
+
+
+def test_training_is_planned_with_its_backward(counted):
+    """As for a GPU: random numbers and a bias's gradient are fused, and each other gradient of a convolution counts."""
+    found = counted["trained block"]
+    convolution = 2 * MAP + 2 * 9 * 64 * 64
+    work = 2 * VALUES * 9 * 64
+    dense = [(moved, flops) for name, moved, flops, _ in found if name.startswith("convolution")]
+    assert dense == [(convolution, work)] * 3  # forward, gradient of the input, of the weight
+    ours = [name for name, *_ in found if name.startswith("bbfast")]
+    assert [sum(part in name for name in ours) for part in ("_train: ", "_backward: ")] == [5, 7], ours
+    others = [name for name, *_ in found if not name.startswith(("bbfast", "convolution"))]
+    assert all(name.startswith("fused") for name in others), others
+    assert any("random" in name or "lt" in name for name in others), others
 
 
 # ---- models ----------------------------------------------------------------------------------------------

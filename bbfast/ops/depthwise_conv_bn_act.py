@@ -224,6 +224,7 @@ class _DepthwiseConvBNAct(torch.autograd.Function):
             ctx.save_for_backward(*parameters, None, None, running_mean, running_var)
         ctx.config = (stride, padding, dilation, training, eps, act)
         ctx.squeeze = squeeze
+        ctx.only_convolves = act == "identity" and not (training or squeeze) and running_mean is None
         ctx.set_materialize_grads(False)
         return y, squeezed
 
@@ -236,18 +237,22 @@ class _DepthwiseConvBNAct(torch.autograd.Function):
         if grad_y is None:
             size = _common.conv_output_size(x.shape[2:], weight.shape[2:], *ctx.config[:3])
             grad_y = x.new_zeros((x.shape[0], weight.shape[0], *size))
+        # A bare convolution's bias gets its gradient in the open: what wrote grad_y can sum it too when compiled.
+        sums_bias = ctx.only_convolves and bias is not None and ctx.needs_input_grad[2]
         grads = _backward_op(
             grad_y,
             grad_squeeze,
             x,
             weight,
-            bias,
+            None if ctx.only_convolves else bias,
             bn_weight,
             bn_bias,
             *statistics,
             *ctx.config,
             *ctx.needs_input_grad[:2],
         )
+        if sums_bias:
+            grads = (*grads[:2], grad_y.sum((0, 2, 3)), *grads[3:])
         wanted = zip(grads, (x, weight, bias, bn_weight, bn_bias), ctx.needs_input_grad)
         return *[g if t is not None and needed else None for g, t, needed in wanted], *(None,) * 10
 
