@@ -81,7 +81,7 @@ class InductorPlan:
 
 @contextlib.contextmanager
 def _traced_on_cpu():
-    """What is traced on the CPU inside is decomposed as on a GPU, and its backward planned at once, not once it runs."""
+    """What is traced on the CPU inside is decomposed as on a GPU, and its backward planned at once, not when run."""
     with (
         functorch_config.patch(force_non_lazy_backward_lowering=True),
         mock.patch.object(decomposition, "is_gpu", lambda device_type: True),

@@ -67,22 +67,29 @@ No results folder is committed yet. The older CPU results in `benchmarks/results
 PLANNED = """\
 ## Planned for an H100
 
-No kernel ran: `make traffic` lets torch's own scheduler plan the compiled models, inference, {case}, and adds up
-what each kernel must move and compute at the speeds of an H100. Least time in ms, number of kernels in brackets; from
-[{name}](../{path}), torch {torch}, timm {timm}, commit {commit}.
+No kernel ran: `make traffic` lets torch's own scheduler plan the compiled models and adds up what each kernel must move
+and compute at the speeds of an H100. Least time in ms, number of kernels in brackets.
 What carries the rest stands in [benchmarks/NOTES.md](../benchmarks/NOTES.md#traffic-of-compiled-models).
 """
-PLANNED_PROVIDERS = ("eager", "compile", "compile+sdpa", "bbfast+compile")
+PLANNED_CASE = "{mode}, {case}; [{name}](../{path}), torch {torch}, timm {timm}, commit {commit}:\n"
+PLANNED_MODES = {"infer": "Inference", "train": "Forward and backward"}
+PLANNED_PROVIDERS = {
+    "eager": "timm eager",
+    "compile": "compile",
+    "compile+sdpa": "compile, SDPA",
+    "bbfast+compile": "bbfast, compile",
+}
 
 
-def page(folders: list[Results], plan: Path | None) -> str:
+def page(folders: list[Results], plans: list[Path]) -> str:
     """The whole text of performance.md.
 
     Args:
         folders: measured results, one for each device.
-        plan: a file of `make traffic`'s, if there is one.
+        plans: files of `make traffic`'s.
     """
-    lines = [METHOD, *(planned_lines(plan) if plan else []), "## Results", ""]
+    planned = [PLANNED, *(line for plan in plans for line in planned_lines(plan))]
+    lines = [METHOD, *(planned if plans else []), "## Results", ""]
     for results in folders:
         link = f"../{results.folder.relative_to(ROOT)}/report.md"
         lines += [f"### {device_name(results.facts)}", "", *describe(results.facts), ""]
@@ -96,13 +103,14 @@ def page(folders: list[Results], plan: Path | None) -> str:
 
 
 def planned_lines(path: Path) -> list[str]:
-    """The section about compiled models on a GPU that was not there."""
+    """A table of compiled models on a GPU that was not there."""
     content = json.loads(path.read_text())
     facts, rows = content["facts"], content["results"]
     by_model: dict[str, dict[str, dict]] = {}
     for row in rows:
         by_model.setdefault(row["model"], {})[row["provider"]] = row
-    text = PLANNED.format(
+    text = PLANNED_CASE.format(
+        mode=PLANNED_MODES[rows[0]["mode"]],
         case=f"batch {rows[0]['batch']}, {rows[0]['dtype']}, {rows[0]['image_size']} px",
         name=path.name,
         path=path.relative_to(ROOT),
@@ -110,22 +118,27 @@ def planned_lines(path: Path) -> list[str]:
         timm=facts["timm"],
         commit=facts["commit"][:10],
     )
-    head = ["| | timm eager | compile | compile, SDPA | bbfast, compile | best of timm's / bbfast's |"]
-    lines = [_planned_row(model, providers) for model, providers in by_model.items()]
-    return [text, *head, "|---|--:|--:|--:|--:|--:|", *lines, ""]
+    shown = [provider for provider in PLANNED_PROVIDERS if any(provider in known for known in by_model.values())]
+    names = [PLANNED_PROVIDERS[provider] for provider in shown]
+    head = [f"| | {' | '.join(names)} | best of timm's / bbfast's |", f"|---|{'--:|' * (len(shown) + 1)}"]
+    lines = [_planned_row(model, [known.get(provider) for provider in shown]) for model, known in by_model.items()]
+    return [text, *head, *lines, ""]
 
 
-def _planned_row(model: str, rows: dict[str, dict]) -> str:
-    known = [rows.get(provider) for provider in PLANNED_PROVIDERS]
+def _planned_row(model: str, known: list[dict | None]) -> str:
     cells = [f"{row['floor_ms']:.2f} ({row['kernels']})" if row else "" for row in known]
     *theirs, ours = (row["floor_ms"] if row else float("inf") for row in known)
     return f"| {model} | {' | '.join(cells)} | {min(theirs) / ours:.2f} |"
 
 
-def latest_plan(root: Path = ROOT) -> Path | None:
-    """The newest results of `make traffic` that git knows."""
-    plans = [path for path in _committed_files(root, f"{RESULTS}/planned/*.json") if path.is_file()]
-    return max(plans, key=lambda path: json.loads(path.read_text())["facts"]["started"], default=None)
+def latest_plans(root: Path = ROOT) -> list[Path]:
+    """The newest results of `make traffic` that git knows, of each mode."""
+    newest: dict[str, tuple[str, Path]] = {}
+    for path in _committed_files(root, f"{RESULTS}/planned/*.json"):
+        content = json.loads(path.read_text())
+        mode, started = content["results"][0]["mode"], content["facts"]["started"]
+        newest[mode] = max(newest.get(mode, ("", path)), (started, path))
+    return [newest[mode][1] for mode in PLANNED_MODES if mode in newest]
 
 
 def latest(root: Path = ROOT) -> list[Results]:
@@ -211,7 +224,7 @@ def readme_with(text: str, block: str) -> str:
 def main() -> None:
     folders = latest()
     readme, target = ROOT / "README.md", ROOT / "docs" / "performance.md"
-    wanted = {target: page(folders, latest_plan()), readme: readme_with(readme.read_text(), headline(folders))}
+    wanted = {target: page(folders, latest_plans()), readme: readme_with(readme.read_text(), headline(folders))}
     if "--check" not in sys.argv[1:]:
         for path, text in wanted.items():
             path.write_text(text)

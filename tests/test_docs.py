@@ -35,7 +35,7 @@ def test_the_page_and_the_table_on_performance_are_up_to_date():
     page = performance_page()
     folders, readme = page["latest"](), (DOCS.parent / "README.md").read_text()
     advice = "run python docs/performance_page.py"
-    assert (DOCS / "performance.md").read_text() == page["page"](folders, page["latest_plan"]()), advice
+    assert (DOCS / "performance.md").read_text() == page["page"](folders, page["latest_plans"]()), advice
     assert readme == page["readme_with"](readme, page["headline"](folders)), advice
 
 
@@ -57,15 +57,15 @@ def test_the_page_shows_the_newest_results_of_each_device(results):
     page["page"].__globals__["ROOT"] = results
     folders = page["latest"](results)
     assert [found.folder.name for found in folders] == ["run", "a-newer"]
-    text = page["page"](folders, None)
+    text = page["page"](folders, [])
     assert text.index("### Test GPU") < text.index("### Test CPU")
     assert "| convnext_tiny infer bf16 batch 8 224 px | compile | 8.00 | bbfast | 10.0 | 1.25 |" in text
     assert "In none of the 1 cases" in text and "resnet50" not in text.partition("## Results")[2]
     assert "No results folder is committed" not in text
-    assert "No results folder is committed" in page["page"]([], None)
+    assert "No results folder is committed" in page["page"]([], [])
 
 
-def test_the_page_shows_the_newest_plan(tmp_path):
+def test_the_page_shows_the_newest_plan_of_each_mode(tmp_path):
     page = performance_page()
     page["page"].__globals__["ROOT"] = tmp_path
     folder = tmp_path / "benchmarks" / "results" / "planned"
@@ -73,14 +73,18 @@ def test_the_page_shows_the_newest_plan(tmp_path):
     case = {"model": "swin", "batch": 128, "dtype": "bf16", "image_size": 224}
     floors = {"eager": 9.0, "compile": 7.0, "compile+sdpa": 6.0, "bbfast+compile": 5.0}
     rows = [{**case, "provider": name, "floor_ms": ms, "kernels": int(10 * ms)} for name, ms in floors.items()]
-    for name, started, chosen in (("b", "2030", rows[:2]), ("a", "2031", rows)):
+    plans = (("b", "2030", "infer", rows[:2]), ("a", "2031", "infer", rows), ("c", "2029", "train", rows[1:]))
+    for name, started, mode, chosen in plans:
         facts = {**FACTS, "timm": "1.0", "commit": "0123456789abcdef", "started": started}
+        chosen = [{**row, "mode": mode} for row in chosen]
         (folder / f"{name}-traffic.json").write_text(json.dumps({"facts": facts, "results": chosen}))
-    plan = page["latest_plan"](tmp_path)
-    assert plan.name == "a-traffic.json"
-    text = page["page"]([], plan)
-    assert "| swin | 9.00 (90) | 7.00 (70) | 6.00 (60) | 5.00 (50) | 1.20 |" in text
-    assert "No kernel ran" in text and "batch 128, bf16, 224 px" in text
+    latest = page["latest_plans"](tmp_path)
+    assert [plan.name for plan in latest] == ["a-traffic.json", "c-traffic.json"]
+    text = page["page"]([], latest)
+    inference, training = text.split("Forward and backward, batch 128, bf16, 224 px")
+    assert "Inference, batch 128, bf16, 224 px" in inference and "No kernel ran" in inference
+    assert "| swin | 9.00 (90) | 7.00 (70) | 6.00 (60) | 5.00 (50) | 1.20 |" in inference
+    assert "| swin | 7.00 (70) | 6.00 (60) | 5.00 (50) | 1.20 |" in training and "timm eager" not in training
 
 
 def test_the_table_in_the_readme_is_about_the_gpu_if_there_is_one(results):
