@@ -13,7 +13,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bbfast.models._backbone import Backbone, run_blocks
 from bbfast.models._classifier_head import ClassifierHead
@@ -147,6 +146,8 @@ def _squares_when_compiled(x: torch.Tensor) -> torch.Tensor:
 
     Where the answer is known, squares are cut as ever: gradients of slices fill maps of zeros.
     """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
     if all(statically_known_true(size % 2 == 0) for size in x.shape[1:3]):
         return _squares(x)
     rows, columns = 2 * ((x.shape[1] + 1) // 2), 2 * ((x.shape[2] + 1) // 2)

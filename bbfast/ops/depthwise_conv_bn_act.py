@@ -252,7 +252,7 @@ class _DepthwiseConvBNAct(torch.autograd.Function):
             *ctx.needs_input_grad[:2],
         )
         if sums_bias:
-            grads = (*grads[:2], grad_y.sum((0, 2, 3)), *grads[3:])
+            grads = (*grads[:2], grad_y.sum((0, 2, 3), dtype=bias.dtype), *grads[3:])
         wanted = zip(grads, (x, weight, bias, bn_weight, bn_bias), ctx.needs_input_grad)
         return *[g if t is not None and needed else None for g, t, needed in wanted], *(None,) * 10
 
