@@ -182,12 +182,36 @@ def test_grad_of_any_strides(layout, device, monkeypatch):
         check(tensors, (mean, var), grad_y=grad_y, training=training, act="silu")
 
 
-def test_residual_of_another_dtype_widens_the_output(device, monkeypatch):
-    x, weight, bias, residual, mean, var = inputs((2, 8, 4, 6), device, torch.bfloat16)
+@pytest.mark.parametrize("act", ["relu", "hardswish", "identity"])
+@pytest.mark.parametrize("narrow", ["x", "residual"])
+def test_residual_of_another_dtype_widens_the_output(narrow, act, device, monkeypatch):
+    """And a narrower one costs x's gradient no digit."""
+    x, weight, bias, residual, mean, var = inputs((2, 8, 4, 6), device)
+    x, residual = (x.half(), residual) if narrow == "x" else (x, residual.half())
     use_kernels(monkeypatch, x)
-    for act in ("relu", "identity"):
-        y = check((x, weight, bias, residual.float()), (mean, var), training=True, act=act)
-        assert y.dtype == torch.float32
+    grad_y = torch.randn(x.shape, device=device)
+    y = check((x, weight, bias, residual), (mean, var), grad_y=grad_y, training=True, act=act)
+    assert y.dtype == torch.float32
+
+
+def test_training_reads_the_residual_once_in_backward(device, monkeypatch):
+    """Its gradient, which the first pass writes, stands for it in the second."""
+    from bbfast.triton_kernels import batch_norm_act as kernels
+
+    x, weight, bias, residual, mean, var = inputs((2, 8, 4, 6), device)
+    use_kernels(monkeypatch, x)
+    launched = []
+    second = kernels._batch_norm_act_backward_input_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *args, **options: (launched.append((args[2], options["ACT"])), second[grid](*args, **options))
+
+    monkeypatch.setattr(kernels, "_batch_norm_act_backward_input_kernel", Spy())
+    check((x, weight, bias, residual), (mean, var), training=True, act="hardswish")
+    assert launched == [(None, "identity")]
+    check((x, weight, bias, residual), (mean, var), training=False, act="hardswish")
+    assert launched[1][0] is not None and launched[1][1] == "hardswish"
 
 
 def test_wide_offsets(device, monkeypatch):
