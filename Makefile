@@ -36,9 +36,10 @@ ARCH ?= 80 90 100
 kernels: $(VENV)/.dev-installed
 	env -u TRITON_INTERPRET $(RUN) -m bbfast.benchmarks.kernels --arch $(ARCH) --check
 
-# Plans whole models for an H100 that need not be here: minutes of one core for each.
+# Plans whole models for an H100 that need not be here: minutes of one core for each. `MODE=train` plans training.
+MODE ?= infer
 traffic: $(VENV)/.dev-installed
-	env -u TRITON_INTERPRET $(RUN) -m bbfast.benchmarks.traffic
+	env -u TRITON_INTERPRET $(RUN) -m bbfast.benchmarks.traffic --mode $(MODE)
 
 # For a machine that has a GPU, torch and pytest, and perhaps no network: builds into build/gpu with the system's
 # Python, installs nothing, tests and measures for 10 (quick: 3) minutes, and leaves its results under benchmarks/results.
