@@ -48,18 +48,22 @@ class InductorPlan:
 
     def __call__(self, graph_module, example_inputs):
         wants_grad = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in example_inputs)
-        traced = _traced_on_cpu() if wants_grad else contextlib.nullcontext()
-        if wants_grad:
-            example_inputs = _move(graph_module, example_inputs, torch.device("cpu"))
-        with config.patch(SETTINGS), traced:
-            decompositions = decomposition.select_decomp_table() | {torch.ops.aten.bernoulli.p: _bernoulli}
-            return compile_fx(
-                graph_module, example_inputs, inner_compile=self._plan_graph, decompositions=decompositions
-            )
+        with config.patch(SETTINGS):
+            if not wants_grad:
+                return compile_fx(graph_module, example_inputs, inner_compile=self._plan_graph)
+            with _traced_on_cpu():
+                return compile_fx(
+                    graph_module,
+                    _move(graph_module, example_inputs, torch.device("cpu")),
+                    inner_compile=self._plan_traced_graph,
+                    decompositions=decomposition.select_decomp_table() | {torch.ops.aten.bernoulli.p: _bernoulli},
+                )
+
+    def _plan_traced_graph(self, graph_module, example_inputs, **options):
+        example_inputs = _move(graph_module, example_inputs, torch.device("cuda", 0))
+        return self._plan_graph(graph_module, example_inputs, **options)
 
     def _plan_graph(self, graph_module, example_inputs, **options):
-        example_inputs = _move(graph_module, example_inputs, torch.device("cuda", 0))
-
         def stop_at_code(lowering: GraphLowering):
             lowering.init_wrapper_code()
             lowering._update_scheduler()

@@ -134,10 +134,9 @@ def plans(cases: Iterable[tuple[str, str]], mode: str, batch: int, dtype: str, w
             yield future.result()
 
 
-def providers_of(model: str, wanted: Iterable[str], mode: str) -> list[str]:
-    """The providers that differ for a model (convolutional networks have no attention) and can be planned."""
-    able = [provider for provider in wanted if mode == "infer" or "compile" in provider]
-    return [provider for provider in able if _is_transformer(model) or "sdpa" not in provider]
+def providers_of(model: str, wanted: Iterable[str]) -> list[str]:
+    """The providers that differ for a model: convolutional networks have no attention."""
+    return [provider for provider in wanted if _is_transformer(model) or "sdpa" not in provider]
 
 
 # ---- results ---------------------------------------------------------------------------------------------
@@ -217,13 +216,17 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)} is not allowed; it must be at least 1")
 
-    models, mode = options.model, options.mode
-    cases = [(model, provider) for model in models for provider in providers_of(model, options.provider, mode)]
-    if not cases:
-        parser.error(f"--provider {' '.join(options.provider)}: none of these can be planned in --mode {mode}")
+    wanted = [provider for provider in options.provider if options.mode == "infer" or "compile" in provider]
+    left_out = " ".join(provider for provider in options.provider if provider not in wanted)
+    if left_out:
+        reason = f"--provider {left_out}: in --mode train only compiled providers can be planned"
+        if not wanted:
+            parser.error(reason)
+        print(f"left out: {reason}", file=sys.stderr)
+    cases = [(model, provider) for model in options.model for provider in providers_of(model, wanted)]
     found_here = planning_facts()
     done: list[Plan] = []
-    for found in plans(cases, mode, options.batch, options.dtype, options.workers):
+    for found in plans(cases, options.mode, options.batch, options.dtype, options.workers):
         done.append(found)
         print(f"{len(done)}/{len(cases)} {found.model} {found.provider}: {found.floor_ms:.2f} ms", file=sys.stderr)
         if options.verbose:

@@ -134,7 +134,7 @@ def _planned_row(model: str, known: list[dict | None]) -> str:
 def latest_plans(root: Path = ROOT) -> list[Path]:
     """The newest results of `make traffic` that git knows, of each mode."""
     newest: dict[str, tuple[str, Path]] = {}
-    for path in _committed_files(root, f"{RESULTS}/planned/*.json"):
+    for path in filter(Path.is_file, _committed_files(root, f"{RESULTS}/planned/*.json")):
         content = json.loads(path.read_text())
         mode, started = content["results"][0]["mode"], content["facts"]["started"]
         newest[mode] = max(newest.get(mode, ("", path)), (started, path))

@@ -232,13 +232,14 @@ def batch_norm_act(
         ValueError: shapes that do not fit, an unknown act, devices that differ; named in the message.
 
     Numerics:
-        Everything between loading x and storing y is float32: nothing is rounded to x's dtype before the addition
-        and the activation. The variance is summed around the data's own mean, so a large mean beside a small
-        deviation costs no digits. The biased variance normalises, the unbiased one enters running_var. Autocast
-        changes nothing, as for torch's batch_norm. Backward keeps x (and the residual) and computes the normalised
-        value again; gradients of x, weight, bias and residual are deterministic and once differentiable. Compiled
-        inference is left to Inductor, which fuses torch's batch_norm, addition and activation with what is next; on a
-        GPU only with identity, relu and relu6.
+        Everything between loading x and storing y is float32: nothing is rounded to x's dtype before the addition and
+        the activation. The variance is summed around the data's own mean, so a large mean beside a small deviation
+        costs no digits. The biased variance normalises, the unbiased one enters running_var. Autocast changes nothing,
+        as for torch's batch_norm. Backward keeps x (and the residual) and computes the normalised value again;
+        gradients of x, weight, bias and residual are deterministic and once differentiable. In training with a residual
+        x's gradient follows from the residual's as it is stored, rounded as by torch's operators; the sums for weight
+        and bias are of unrounded values. Compiled inference is left to Inductor, which fuses torch's batch_norm,
+        addition and activation with what is next; on a GPU only with identity, relu and relu6.
     """
     _check(x, weight, bias, residual, running_mean, running_var, training, momentum, eps, act)
     if training:
