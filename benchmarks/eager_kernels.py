@@ -217,6 +217,7 @@ LAUNCH_FLOPS = {
     "_conv_grad_kernel": (lambda v: _depthwise_flops(v, "dy_ptr"), False),
     "_input_grad_kernel": (lambda v: _depthwise_flops(v, "dz_ptr"), False),
     "_weight_grad_kernel": (lambda v: _depthwise_flops(v, "dz_ptr"), False),
+    "_mlp_kernel": (lambda v: 4 * v["rows"] * v["fc1_weight_ptr"].numel(), True),
     "_pointwise_kernel": (lambda v: 2 * v["rows"] * v["weight_ptr"].numel(), True),
     "_window_attention_forward_kernel": (lambda v: _attention_flops(v, 2), True),
     "_window_attention_backward_kernel": (lambda v: _attention_flops(v, 5), True),

@@ -13,10 +13,13 @@ from bbfast.triton_kernels import (
     batch_norm_act,
     depthwise_conv_bn_act,
     drop_path_add,
+    mlp,
     window_attention,
 )
+from bbfast.triton_kernels.mlp_sizes import MOST_CHANNELS
+from bbfast.triton_kernels.pointwise_sizes import UNIT
 
-CASES = ("mobilenetv3", "training", "window_attention", "sweep", "window_attention_sweep")
+CASES = ("mobilenetv3", "training", "window_attention", "sweep", "window_attention_sweep", "mlp_sweep")
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,20 @@ def _add_layer_norm(channels: int, size: int, dtype: str, scaled: bool = False) 
     return run
 
 
+def _mlp(channels: int, size: int, norm: bool, wide: bool) -> Callable[[], None]:
+    """Of Swin with a norm, of a ConvNeXt that has normalised without one; `wide` are float32 maps under autocast."""
+
+    def run():
+        weights = torch.empty(2, 4 * channels, channels, dtype=torch.bfloat16, device="cuda")
+        x = weights.new_empty(128, size, size, channels, dtype=torch.float32 if wide else torch.bfloat16)
+        units, vector = (weights.new_empty(length) for length in (4 * channels, channels))
+        layers = (weights[0], units, weights[1].view(channels, -1), vector)
+        affine, scale, eps = ((vector, vector), None, 1e-5) if norm else ((None, None), vector, None)
+        mlp.forward(x, *layers, *affine, scale, x, eps, "gelu", x.dtype)
+
+    return run
+
+
 @dataclass(frozen=True)
 class AttentionShape:
     """A Swin block's attention: map, channels, heads, window, shift."""
@@ -198,6 +215,12 @@ def cases(name: str) -> Iterator[tuple[str, Callable[[], None]]]:
                 yield str(shape), shape.forward_and_backward
         shape = replace(WINDOW_ATTENTION[0], dtype="fp16")
         yield str(shape), shape.forward_and_backward
+    elif name == "mlp_sweep":
+        for channels in range(UNIT, MOST_CHANNELS + 1, UNIT):
+            for size in (56, 4):  # many rows, and so few that tiles are smaller
+                for norm, wide in ((True, False), (True, True), (False, False)):
+                    text = f"mlp {channels}x{size}x{size}" + " norm" * norm + " fp32" * wide
+                    yield text, _mlp(channels, size, norm, wide)
     elif name == "training":
         for index in (0, 1, 4, 10):
             yield f"training {MOBILENETV3_LARGE[index]}", MOBILENETV3_LARGE[index].training_step

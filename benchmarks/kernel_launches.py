@@ -22,13 +22,14 @@ from bbfast.triton_kernels import (
     batch_statistics,
     depthwise_conv_bn_act,
     drop_path_add,
+    mlp,
     pointwise,
     window_attention,
 )
 
 MODULES = (
     *(add_layer_norm, batch_norm_act, batch_statistics, depthwise_conv_bn_act),
-    *(drop_path_add, pointwise, window_attention),
+    *(drop_path_add, mlp, pointwise, window_attention),
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TRITON_TYPES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int32: "i32", torch.int64: "i64"}

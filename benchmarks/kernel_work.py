@@ -62,6 +62,8 @@ def work_of(launch: Launch, function: Function, num_warps: int, arch: int) -> Wo
         _attention(work, launch, function, threads, arch)
     elif launch.name == "_pointwise_kernel":
         _pointwise(work, launch, function, threads)
+    elif launch.name == "_mlp_kernel":
+        _mlp(work, launch, function, threads)
     elif "tiles_per_program" in values:
         _walk(work, launch, function, threads)
     elif "num_partials" in values:
@@ -221,6 +223,19 @@ def _pointwise(work: Work, launch: Launch, function: Function, threads: int) -> 
     stores = [opcode for opcode in function.opcodes if kind(opcode) == "global stores"]
     weight_bytes = values["BLOCK_N"] * values["BLOCK_K"] * values["weight_ptr"].dtype.itemsize // threads
     work.narrow = _narrow([*looped, *straight, *stores], but=weight_bytes)
+
+
+def _mlp(work: Work, launch: Launch, function: Function, threads: int) -> None:
+    """One loop over the hidden layer's units, and what stands around it; outputs are y's, padding of tiles included."""
+    values = launch.values
+    tile = values["BLOCK_M"] * (values["LEFT"] + values["RIGHT"])
+    work.outputs = launch.programs * tile
+    trips = -(-values["hidden_units"] * values["UNIT"] // values["BLOCK_H"])
+    if len(function.loops) == 1:
+        work.per_output = (function.outside + trips * function.loops[0].length) * threads / tile
+        work.lane_instructions = work.per_output * work.outputs
+    # Vectors are loaded as they fall to the threads, and small tiles of the weights, which come from the L2 cache.
+    work.narrow = _narrow([opcode for opcode in function.opcodes if kind(opcode) == "global stores"])
 
 
 # ---- windowed attention ----------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from bbfast.benchmarks.sass import Function, read_cubin
 
 SETS = ("models", *CASES)
 # The least that an architecture lets a program have: sm_86 and sm_89 count as sm_80.
-SHARED_BYTES_PER_PROGRAM = {80: 101376, 90: 232448, 100: 232448}
+SHARED_BYTES_PER_PROGRAM = {80: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,8 @@ def report(use: Use, compiled: Compiled, arch: int) -> Report:
         tile = f"{values['BLOCK_Q']}x{values['BLOCK_K']}"
     elif "WALK" in values:
         tile = f"{values['WALK'].block_c}x{values['WALK'].block_p}"
+    elif "BLOCK_H" in values:
+        tile = f"{values['BLOCK_M']}x{values['LEFT'] + values['RIGHT']}x{values['BLOCK_H']}"
     elif "BLOCK_M" in values:
         tile = f"{values['BLOCK_M']}x{values['BLOCK_N']}x{values['BLOCK_K']}"
     elif "BLOCK_R" in values:
@@ -238,8 +240,8 @@ def problems(report: Report) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m bbfast.benchmarks.kernels")
-    archs = sorted(SHARED_BYTES_PER_PROGRAM)
-    parser.add_argument("--arch", type=int, nargs="+", default=archs, choices=archs, help="compute capabilities")
+    archs = {"default": [80, 90, 100], "choices": sorted(SHARED_BYTES_PER_PROGRAM)}
+    parser.add_argument("--arch", type=int, nargs="+", **archs, help="compute capabilities")
     parser.add_argument("--set", nargs="+", default=["models"], dest="sets", choices=SETS)
     parser.add_argument(
         "--case",

@@ -251,17 +251,17 @@ def test_bad_gate(error, match, gate):
 # ---- launch configurations -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before_hopper", [False, True])
-def test_heuristic_chooses_what_fits(before_hopper):
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
+def test_heuristic_chooses_what_fits(capability):
     for rows, summed, columns, gated in itertools.product(
         (1, 49, 6272, 401408), (8, 16, 24, 96, 144, 960, 4096), (8, 16, 72, 144, 256, 4096), (False, True)
     ):
         key = pointwise.Key("forward", "bfloat16", rows, summed, columns, "relu", gated, True)
-        tile = pointwise.tile(key, 264, before_hopper)
+        tile = pointwise.tile(key, 264, capability)
         assert pointwise.TUNABLE.objection(key, tile) is None, (key, tile)
         assert tile.block_k < 2 * max(summed, 16) and tile.block_n < 2 * max(columns, 64)
         buffers = tile.num_stages * tile.block_k * (tile.block_m + tile.block_n) * 2
-        assert buffers <= (49152 if before_hopper else 98304)
+        assert buffers <= (98304 if capability in ((9, 0), (10, 0)) else 49152)
 
 
 def test_compiled_for_any_batch_without_another_graph(device):

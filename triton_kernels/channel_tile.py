@@ -352,6 +352,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU; Hopper's for tensors elsewhere (interpreted, or compiled and not run)."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
 def new_output(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised dense tensor of x's shape and memory format."""
     return layout.new_output(x, x.shape, dtype)

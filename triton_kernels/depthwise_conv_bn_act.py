@@ -19,6 +19,7 @@ import torch
 
 from . import tuned
 from .batch_statistics import MAX_REGISTERS, finalize_statistics, sum_partials
+from .channel_tile import compute_capability
 from .depthwise_conv_kernels import (
     AFFINE_ROWS,
     SCALE,
@@ -127,13 +128,14 @@ def choose_config(
     """
     kernel_t, kernel_s = kernel_size
     # Per thread and column or tap up to 8 registers: TILE_S accumulators, kernel_s taps, and what the epilogue needs,
-    # which is most for conv_grad. NCHW has fewer lanes, but an address and a mask for each; Ampere needs a few more.
+    # which is most for conv_grad. NCHW has fewer lanes, but an address and a mask for each; all but sm_90 and sm_100
+    # need a few more.
     strided = stride[1] > 1
     many_addresses = strided and kernel_s > 3 and not channels_last
     narrow = (
         kernel_s > 7
         or (kernel == "conv_grad" and (strided or kernel_s > 3))
-        or (kernel == "statistics" and (many_addresses or (strided and capability < (9, 0))))
+        or (kernel == "statistics" and (many_addresses or (strided and capability[0] not in (9, 10))))
         or (kernel == "forward" and many_addresses and capability >= (10, 0))
     )
     tile_s = 4 if narrow else 7
@@ -222,11 +224,6 @@ TUNABLE = tuned.Tunable("depthwise_conv_bn_act", Key, LaunchConfig, _neighbours,
 # ---- launchers -------------------------------------------------------------------------------------------
 
 
-def device_capability(x: torch.Tensor) -> tuple[int, int]:
-    """Compute capability of x's GPU; Hopper's for tensors elsewhere (interpreted, or compiled and not run)."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-
-
 class _Problem:
     """Sizes and strides of one call, named by the kernels' axes T and S instead of H and W."""
 
@@ -308,7 +305,7 @@ class _Problem:
             size_s=key.size_s,
             kernel_size=(key.kernel_t, key.kernel_s),
             stride=(key.stride_t, key.stride_s),
-            capability=device_capability(self.x),
+            capability=compute_capability(self.x.device),
         )
 
     def cut(self, kernel: str) -> "_Cut":

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 
 from . import pointwise
-from .layout import spaced_rows
-from .pointwise_sizes import UNIT
 
 
 def forward(
@@ -28,8 +26,8 @@ def forward(
     """
     y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
     count = x.numel() // x.shape[-1]
-    x, stride = _rows(x)
-    residual, residual_stride = (None, 0) if residual is None else _rows(residual)
+    x, stride = pointwise.unit_rows(x)
+    residual, residual_stride = (None, 0) if residual is None else pointwise.unit_rows(residual)
     pointwise.launch(
         x,
         pointwise.Rows(count, count, count, (0, 0, stride)),
@@ -43,9 +41,3 @@ def forward(
         residual_stride=residual_stride,
     )
     return y
-
-
-def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """x, or a copy of it, whose rows lie a fixed multiple of UNIT apart, and that distance."""
-    x, stride = spaced_rows(x)
-    return (x, stride) if stride % UNIT == 0 else (x.contiguous(), x.shape[-1])

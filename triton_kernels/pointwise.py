@@ -23,9 +23,9 @@ import triton.language as tl
 
 from . import tuned
 from .activation import activation_for
-from .channel_tile import multiprocessors
+from .channel_tile import compute_capability, multiprocessors
 from .integers import cdiv, next_power_of_2
-from .layout import dense
+from .layout import dense, spaced_rows
 from .pointwise_sizes import UNIT
 
 # Programs per multiprocessor below which tiles are cut smaller.
@@ -91,7 +91,7 @@ def _finish(sums, first_column, outputs, vectors, eps, ACT: tl.constexpr, ACT_FI
 
 
 @triton.jit
-def _finish_parts(
+def finish_parts(
     sums,
     first_column,
     outputs,
@@ -108,8 +108,8 @@ def _finish_parts(
     else:
         HALF: tl.constexpr = sums.shape[1] // 2
         left, right = tl.split(tl.permute(tl.reshape(sums, (sums.shape[0], 2, HALF)), (0, 2, 1)))
-        _finish_parts(left, first_column, outputs, vectors, eps, ACT, ACT_FIRST, UNIT, PARTS // 2)
-        _finish_parts(right, first_column + HALF, outputs, vectors, eps, ACT, ACT_FIRST, UNIT, PARTS // 2)
+        finish_parts(left, first_column, outputs, vectors, eps, ACT, ACT_FIRST, UNIT, PARTS // 2)
+        finish_parts(right, first_column + HALF, outputs, vectors, eps, ACT, ACT_FIRST, UNIT, PARTS // 2)
 
 
 # Tile: BLOCK_M rows x BLOCK_N columns, one per program; tiles of the same rows are neighbours, so that all but the
@@ -187,7 +187,7 @@ def _pointwise_kernel(
 
     outputs = (y_ptr, residual_ptr, first_row, rows, columns, stride_r)
     vectors = (bias_ptr, bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, layer_scale_ptr)
-    _finish_parts(sums, first_column, outputs, vectors, eps, ACT, ACT_FIRST, UNIT, PARTS)
+    finish_parts(sums, first_column, outputs, vectors, eps, ACT, ACT_FIRST, UNIT, PARTS)
 
 
 # ---- launches --------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ class Key(NamedTuple):
     residual: bool
 
 
-def tile(key: Key, programs_wanted: int, before_hopper: bool) -> Tile:
+def tile(key: Key, programs_wanted: int, capability: tuple[int, int]) -> Tile:
     """128 x 128 outputs by 8 warps; 64 columns and less where there are no more or these fill up better; 64 rows, then
     64 columns, where multiprocessors would be without work.
 
@@ -229,24 +229,27 @@ def tile(key: Key, programs_wanted: int, before_hopper: bool) -> Tile:
 
     Args:
         programs_wanted: on the whole GPU.
-        before_hopper: tensor cores that read registers leave none for 128 x 128 sums; and shared memory is smaller.
+        capability: tensor cores that read registers (all but those of 9.0 and 10.0) leave none for 128 x 128 sums; and
+            shared memory is smaller there.
     """
+    reads_registers = capability[0] not in (9, 10)
     block_n = 128
     fills_better = cdiv(key.columns, 64) * 64 < 0.8 * cdiv(key.columns, 128) * 128
     if key.columns <= 64 or (fills_better and not key.gated):
         block_n = min(64, max(16, next_power_of_2(key.columns)))
-    block_m = 64 if before_hopper and block_n == 128 else 128
+    block_m = 64 if reads_registers and block_n == 128 else 128
     if cdiv(key.rows, block_m) * cdiv(key.columns, block_n) < programs_wanted:
         block_m = 64
     if cdiv(key.rows, block_m) * cdiv(key.columns, block_n) < programs_wanted and not key.gated:
         block_n = min(block_n, 64)
-    widest_k = 32 if before_hopper else 64
+    widest_k = 32 if reads_registers else 64
     block_k = min(widest_k, max(16, next_power_of_2(key.summed)))
     if key.summed % 64 in range(1, 33) and key.summed < 256:
         block_k = min(block_k, 32)
     num_stages = min(3, cdiv(key.summed, block_k))
     # Of a gated tile the threads also hold x.
-    num_warps = 8 if block_m * block_n > 8192 or (key.gated and block_m > 64) else 4
+    large_gated = key.gated and (block_m > 64 or (reads_registers and block_n == 128))
+    num_warps = 8 if block_m * block_n > 8192 or large_gated else 4
     return Tile(block_m, block_n, block_k, num_warps, num_stages)
 
 
@@ -289,6 +292,12 @@ class Rows(NamedTuple):
         lines = self.sample_rows // self.width
         one_sample = self.count == self.sample_rows
         return (lines == 1 or line == self.width * pixel) and (one_sample or sample == self.sample_rows * pixel)
+
+
+def unit_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """x, or a copy of it, whose rows lie a fixed multiple of UNIT apart, and that distance."""
+    x, stride = spaced_rows(x)
+    return (x, stride) if stride % UNIT == 0 else (x.contiguous(), x.shape[-1])
 
 
 def launch(
@@ -359,5 +368,4 @@ def launch(
 
 
 def _tile_for(device: torch.device, key: Key) -> Tile:
-    before_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
-    return tile(key, LEAST_PROGRAMS * multiprocessors(device), before_hopper)
+    return tile(key, LEAST_PROGRAMS * multiprocessors(device), compute_capability(device))

@@ -30,12 +30,12 @@ from .integers import is_power_of_2
 # The files whose kernels have tunable launches; each defines one Tunable of its name.
 NAMES = (
     *("add_layer_norm", "batch_norm_act", "batch_statistics"),
-    *("depthwise_conv_bn_act", "drop_path_add", "pointwise", "window_attention"),
+    *("depthwise_conv_bn_act", "drop_path_add", "mlp", "pointwise", "window_attention"),
 )
 # The files with a `forward`, and perhaps a `backward`, that launch them.
 LAUNCHERS = (
     *("add_layer_norm", "batch_norm_act", "conv_bn_act", "depthwise_conv_bn_act"),
-    *("drop_path_add", "linear_act", "window_attention"),
+    *("drop_path_add", "linear_act", "mlp", "window_attention"),
 )
 PACKAGED = Path(__file__).parent
 # Beyond so many problems in one process (sizes that change from call to call) choices are made anew.

@@ -21,6 +21,7 @@ import torch
 
 from . import tuned
 from .batch_statistics import MAX_REGISTERS, sum_partials
+from .channel_tile import compute_capability
 from .integers import cdiv, is_power_of_2, next_power_of_2
 from .window_attention_kernels import (
     _expand_bias_kernel,
@@ -292,11 +293,6 @@ def _windows_per_program(device: torch.device, windows: int, programs_per_window
     return max(1, min(most, windows * programs_per_window // (processors * programs_wanted)))
 
 
-def device_capability(x: torch.Tensor) -> tuple[int, int]:
-    """Compute capability of x's GPU; Hopper's for tensors elsewhere (interpreted, or compiled and not run)."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-
-
 def _on_device(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
@@ -330,7 +326,7 @@ def forward(
 
     def heuristic() -> Tile:
         tile = forward_tile(tokens, walked.head_dim, qkv.dtype, vectors)
-        registers = _forward_registers(tile, device_capability(qkv))
+        registers = _forward_registers(tile, compute_capability(qkv.device))
         return replace(tile, max_registers=registers, programs=FORWARD_PROGRAMS)
 
     tile = TUNABLE.config(qkv, walked.key("forward", qkv, tokens, vectors, walked.padded), heuristic)
@@ -395,7 +391,7 @@ def backward(
     padded = walked.padded and needs_bias_grad
 
     def heuristic() -> Tile:
-        tile = backward_tile(tokens, walked.head_dim, qkv.dtype, vectors, padded, device_capability(qkv))
+        tile = backward_tile(tokens, walked.head_dim, qkv.dtype, vectors, padded, compute_capability(qkv.device))
         return replace(tile, programs=BACKWARD_PROGRAMS)
 
     tile = TUNABLE.config(qkv, walked.key("backward", qkv, tokens, vectors, padded), heuristic)

@@ -10,6 +10,7 @@ from bbfast.nn.drop_path_add import DropPath, DropPathAdd
 from bbfast.nn.folded_batch_norm import BATCH_NORMS, FoldedBatchNorm2d
 from bbfast.nn.global_response_norm import GlobalResponseNorm
 from bbfast.nn.linear_act import LinearAct, apply_linear_act
+from bbfast.nn.mlp import Mlp, apply_mlp
 from bbfast.nn.squeeze_excite import apply_gate, apply_squeeze_excite, squeeze_excite_gate
 from bbfast.nn.swin_block import SwinBlock
 from bbfast.nn.window_attention import ShiftedWindowAttention, WindowAttention
@@ -28,6 +29,7 @@ __all__ = [
     "LayerNorm",
     "LayerNorm2d",
     "LinearAct",
+    "Mlp",
     "RmsNorm",
     "RmsNorm2d",
     "ShiftedWindowAttention",
@@ -41,6 +43,7 @@ __all__ = [
     "apply_depthwise_conv_bn_act",
     "apply_gate",
     "apply_linear_act",
+    "apply_mlp",
     "apply_squeeze_excite",
     "convert_sync_batchnorm",
     "squeeze_excite_gate",

@@ -13,6 +13,7 @@ from bbfast.nn.depthwise_conv_bn_act import apply_depthwise_conv_bn_act
 from bbfast.nn.drop_path_add import DropPathAdd
 from bbfast.nn.global_response_norm import GlobalResponseNorm
 from bbfast.nn.linear_act import apply_linear_act, is_bare
+from bbfast.nn.mlp import apply_mlp
 from bbfast.ops._common import is_channels_last
 
 
@@ -50,20 +51,29 @@ class ConvNeXtMlp(nn.Module):
         return nn.Conv2d(in_dim, out_dim, 1, **factory) if self.use_conv else nn.Linear(in_dim, out_dim, **factory)
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, layer_scale: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        layer_scale: torch.Tensor | None = None,
+        norm: nn.Module | None = None,
     ) -> torch.Tensor:
         """
         Args:
             x: `[N, H, W, C]`.
             residual: of x's shape; what layer_scale `[C]` times the result is added to.
+            norm: what x goes through first.
         """
-        x = self.grn(self._apply_layer(self.fc1, x, act=self.act))
-        return self._apply_layer(self.fc2, x, residual=residual, layer_scale=layer_scale)
+        fc1, fc2 = self._on_pixels(self.fc1), self._on_pixels(self.fc2)
+        if isinstance(self.grn, nn.Identity) and is_bare(self.grn):
+            return apply_mlp(norm, fc1, self.act, fc2, x, residual=residual, layer_scale=layer_scale)
+        x = self.grn(apply_linear_act(fc1, x if norm is None else norm(x), act=self.act))
+        return apply_linear_act(fc2, x, residual=residual, layer_scale=layer_scale)
 
-    def _apply_layer(self, layer: nn.Module, x: torch.Tensor, **after) -> torch.Tensor:
+    def _on_pixels(self, layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Of maps `[N, H, W, C]`."""
         if self.use_conv and not isinstance(layer, nn.Conv2d):  # somebody's, in the place of a convolution
-            return apply_linear_act(lambda maps: layer(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), x, **after)
-        return apply_linear_act(layer, x, **after)
+            return lambda maps: layer(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return layer
 
 
 class ConvNeXtBlock(nn.Module):
@@ -126,9 +136,9 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Takes `[N, C, H, W]` and returns the same shape and memory format."""
         branch = apply_depthwise_conv_bn_act(self.conv_dw, None, x, act="identity")
-        branch = self.norm(branch.permute(0, 2, 3, 1))
+        branch = branch.permute(0, 2, 3, 1)
         drops = self.training and self.drop_path.drop_prob
         # Symbolic tracing knows no layouts.
         if not drops and is_bare(self.mlp) and isinstance(x, torch.Tensor) and is_channels_last(x):
-            return self.mlp(branch, x.permute(0, 2, 3, 1), self.gamma).permute(0, 3, 1, 2)
-        return self.drop_path(x, self.mlp(branch).permute(0, 3, 1, 2), self.gamma)
+            return self.mlp(branch, x.permute(0, 2, 3, 1), self.gamma, self.norm).permute(0, 3, 1, 2)
+        return self.drop_path(x, self.mlp(self.norm(branch)).permute(0, 3, 1, 2), self.gamma)

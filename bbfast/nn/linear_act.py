@@ -56,12 +56,10 @@ def apply_linear_act(
         act: by the ops' name, or a module, which is called unless it is a plain one that the ops know.
         residual, layer_scale: see `bbfast.ops.linear_act`.
     """
-    name = act if isinstance(act, str) else _activation_name(act)
+    name = activation_name(act)
     if name is None:
         y = act(apply_linear_act(linear, x))
-    elif isinstance(linear, nn.Conv2d) or (type(linear) is nn.Linear and is_bare(linear) and _is_plain(linear.weight)):
-        # Asked of the module, not of the weight: torch.fx does not know a weight's dimensions.
-        weight = linear.weight.flatten(1) if isinstance(linear, nn.Conv2d) else linear.weight
+    elif (weight := lent_weight(linear)) is not None:
         return ops.linear_act(x, weight, linear.bias, act=name, residual=residual, layer_scale=layer_scale)
     else:
         y = activation(linear(x), name)
@@ -69,8 +67,18 @@ def apply_linear_act(
     return y if residual is None else residual + y
 
 
-def _activation_name(act: nn.Module) -> str | None:
-    """The ops' name of a module that does nothing but an activation they know, else None."""
+def lent_weight(linear: Callable) -> torch.Tensor | None:
+    """`[N, K]` of a layer that only lends its parameters; None for what must be called."""
+    # Asked of the module, not of the weight: torch.fx does not know a weight's dimensions.
+    if isinstance(linear, nn.Conv2d):
+        return linear.weight.flatten(1)
+    return linear.weight if type(linear) is nn.Linear and is_bare(linear) and _is_plain(linear.weight) else None
+
+
+def activation_name(act: nn.Module | str) -> str | None:
+    """The ops' name of an activation, or of a module that does nothing but one they know, else None."""
+    if isinstance(act, str):
+        return act
     if not is_bare(act):
         return None
     if type(act) is nn.GELU:

@@ -3,49 +3,23 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from bbfast.nn._arguments import check_bool, check_positive, check_probability
 from bbfast.nn.add_layer_norm import apply_add_layer_norm
 from bbfast.nn.drop_path_add import DropPathAdd
-from bbfast.nn.linear_act import apply_linear_act, is_bare
+from bbfast.nn.linear_act import is_bare
+from bbfast.nn.mlp import Mlp, mlp_is_one_kernel
 from bbfast.nn.window_attention import ShiftedWindowAttention
 from bbfast.ops._common import pair
-
-
-class Mlp(nn.Module):
-    """`fc2(gelu(fc1(x)))` over the last axis, dropout after each.
-
-    Args:
-        dim, hidden_dim: channels of input and output, and between the layers.
-        drop: chance of each value to be dropped in training.
-    """
-
-    def __init__(self, dim: int, hidden_dim: int, *, drop: float = 0.0, device=None, dtype=None):
-        super().__init__()
-        factory = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(dim, hidden_dim, **factory)
-        self.fc2 = nn.Linear(hidden_dim, dim, **factory)
-        self.drop = check_probability("drop", drop)
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`[..., dim]` to the same; what `residual` is added to."""
-        x = F.dropout(apply_linear_act(self.fc1, x, act="gelu"), self.drop, self.training)
-        if not (self.drop and self.training):
-            return apply_linear_act(self.fc2, x, residual=residual)
-        x = F.dropout(self.fc2(x), self.drop, self.training)
-        return x if residual is None else residual + x
-
-    def extra_repr(self) -> str:
-        return f"drop={self.drop}"
 
 
 class SwinBlock(nn.Module):
     """`x += drop_path(attn(norm1(x)))`, then `x += drop_path(mlp(norm2(x)))`, on maps `[B, H, W, C]`.
 
     The first addition and norm2, where that is an nn.LayerNorm, are one pass over memory; hooks on norm2 and drop_path1
-    do not run then.
+    do not run then. In inference on a GPU with few channels (see `bbfast.ops.mlp`) the addition is the end of the
+    attention, and all the rest is one kernel.
 
     Args:
         dim, num_heads, head_dim, qkv_bias, attn_drop, proj_drop: see `ShiftedWindowAttention`.
@@ -136,16 +110,31 @@ class SwinBlock(nn.Module):
         self.attn.shift_size = shift_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._ends_in_one_kernel(x):
+            x = self.attn(self.norm1(x), residual=x)
+            return self.mlp(x, residual=x, norm=self.norm2)
         branch = self.attn(self.norm1(x))
         if isinstance(self.norm2, nn.LayerNorm):
             x, normalised = apply_add_layer_norm(self.norm2, self.drop_path1, x, branch)
         else:
             x = _add(self.drop_path1, x, branch)
             normalised = self.norm2(x)
-        drops = self.training and isinstance(self.drop_path2, DropPathAdd)
-        if not drops and isinstance(self.mlp, Mlp) and is_bare(self.mlp):
+        if not _drops(self.drop_path2) and isinstance(self.mlp, Mlp) and is_bare(self.mlp):
             return self.mlp(normalised, residual=x)
         return _add(self.drop_path2, x, self.mlp(normalised))
+
+    def _ends_in_one_kernel(self, x: torch.Tensor) -> bool:
+        """Whether all after the attention's sum is one kernel, which that sum should then leave to normalise."""
+        if _drops(self.drop_path1) or _drops(self.drop_path2):
+            return False
+        attn, mlp = self.attn, self.mlp
+        if not (isinstance(attn, ShiftedWindowAttention) and isinstance(mlp, Mlp) and is_bare(attn) and is_bare(mlp)):
+            return False
+        return mlp_is_one_kernel(self.norm2, mlp.fc1, "gelu", mlp.fc2, x, residual=x)
+
+
+def _drops(drop_path: nn.Module) -> bool:
+    return isinstance(drop_path, DropPathAdd) and drop_path.training and drop_path.drop_prob > 0
 
 
 def _add(drop_path: nn.Module, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 from bbfast import ops
 from bbfast.nn._arguments import check_int, check_probability
 from bbfast.nn._relative_position import resize_relative_position_bias_table
+from bbfast.nn.linear_act import apply_linear_act, is_bare
 from bbfast.ops._common import check_tensor, pair
 from bbfast.ops.window_attention import PAD_ORDERS, explain_plain_attention
 from bbfast.reference.window_attention import Windows, relative_position_index
@@ -188,11 +189,21 @@ class ShiftedWindowAttention(WindowAttention):
             raise ValueError(f"pad_order={pad_order!r} is not known; allowed: {', '.join(map(repr, PAD_ORDERS))}")
         self.pad_order = pad_order
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, H, W, C]` to the same shape; H and W need not be multiples of the window."""
-        if not self._attn_drop_rate():
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """`[B, H, W, C]` to the same shape; H and W need not be multiples of the window.
+
+        A `residual` is what the result is added to, with the last layer, where nothing is dropped after that.
+        """
+        if self._attn_drop_rate():
+            y = self._forward_by_windows(x)
+        else:
             y = self._fused(self.qkv(x), shift_size=self.shift_size, pad_order=self.pad_order)
-            return self.proj_drop(self.proj(y))
+            if residual is not None and not (self.proj_drop.training and self.proj_drop.p) and is_bare(self.proj_drop):
+                return apply_linear_act(self.proj, y, residual=residual)
+            y = self.proj_drop(self.proj(y))
+        return y if residual is None else residual + y
+
+    def _forward_by_windows(self, x: torch.Tensor) -> torch.Tensor:
         # The op does not drop weights: cut, attend, put together.
         explain_plain_attention(x, attn_drop=self._attn_drop_rate(), foreign_mask=False)
         windows = ops.window_partition(x, self.window_size, self.shift_size, pad_order=self.pad_order)

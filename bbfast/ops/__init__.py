@@ -7,6 +7,7 @@ from bbfast.ops.conv_bn_act import conv_bn_act
 from bbfast.ops.depthwise_conv_bn_act import depthwise_conv_bn_act
 from bbfast.ops.drop_path_add import drop_path_add
 from bbfast.ops.linear_act import linear_act
+from bbfast.ops.mlp import mlp
 from bbfast.ops.window_attention import window_attention
 from bbfast.ops.window_partition import window_partition, window_reverse
 
@@ -18,6 +19,7 @@ __all__ = [
     "drop_path_add",
     "drop_path_mask",
     "linear_act",
+    "mlp",
     "window_attention",
     "window_partition",
     "window_reverse",

@@ -89,6 +89,11 @@ def _linear_act(device: str) -> dict[str, tuple]:
     return {"_FORWARD_KERNELS": (x, weight, None, None, None, "gelu")}
 
 
+def _mlp(device: str) -> dict[str, tuple]:
+    x, weight = (torch.zeros(8, 8, device=device, dtype=torch.float16) for _ in range(2))
+    return {"_FORWARD_KERNELS": (x, weight, None, weight, None, None, None, None, None, 1e-5, "gelu")}
+
+
 def product_dtype(device: str) -> torch.dtype:
     """What pointwise convolutions have fused kernels for: on a GPU, what its tensor cores take."""
     return torch.float16 if device == "cuda" else torch.float32
@@ -147,6 +152,7 @@ EXAMPLES: dict[str, Callable[[str], dict[str, tuple]]] = {
     "batch_norm_act": _batch_norm_act,
     "drop_path_add": _drop_path_add,
     "linear_act": _linear_act,
+    "mlp": _mlp,
     "add_layer_norm": _add_layer_norm,
     "window_partition": _window_partition,
     "window_attention": _window_attention,

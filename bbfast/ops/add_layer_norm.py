@@ -36,10 +36,15 @@ def _check(residual, branch, weight, bias, layer_scale, mask, eps):
     for name, value in (("weight", weight), ("bias", bias), ("layer_scale", layer_scale)):
         check_vector(name, value, residual.shape[-1], "channel", residual)
     check_vector("mask", mask, residual.shape[0], "sample", residual)
+    check_eps("eps", eps)
+
+
+def check_eps(name: str, eps: float) -> None:
+    """Raises unless `eps` can be added to a variance."""
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a float, got {type(eps).__name__}")
+        raise TypeError(f"{name} must be a float, got {type(eps).__name__}")
     if not 0 <= eps < math.inf:  # NaN fails too
-        raise ValueError(f"eps={eps} is not allowed; it must be finite and not negative")
+        raise ValueError(f"{name}={eps} is not allowed; it must be finite and not negative")
 
 
 # ---- backends --------------------------------------------------------------------------------------------
