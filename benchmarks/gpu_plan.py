@@ -24,6 +24,7 @@ OPS = (
     "window_attention",
     "depthwise_conv_bn_act",
     "add_layer_norm",
+    "mlp",
     "linear_act",
     "conv_bn_act",
     "batch_norm_act",

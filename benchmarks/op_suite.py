@@ -47,6 +47,7 @@ FILES = (
     "bench_window_attention.py",
     "bench_depthwise_conv_bn_act.py",
     "bench_conv_bn_act.py",
+    "bench_mlp.py",
     "bench_linear_act.py",
     "bench_add_layer_norm.py",
     "bench_batch_norm_act.py",

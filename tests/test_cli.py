@@ -23,6 +23,7 @@ from bbfast.ops.conv_bn_act import conv_bn_act
 from bbfast.ops.depthwise_conv_bn_act import depthwise_conv_bn_act
 from bbfast.ops.drop_path_add import drop_path_add
 from bbfast.ops.linear_act import linear_act
+from bbfast.ops.mlp import mlp
 from bbfast.ops.window_attention import window_attention
 from bbfast.ops.window_partition import window_partition
 
@@ -169,7 +170,9 @@ def _call_every_op(device):
     dtype = _status.product_dtype(device)
     with torch.no_grad():
         conv_bn_act(x.to(dtype), pointwise.to(dtype), *batch_norm)
-        linear_act(*(torch.randn(8, 8, device=device).half() for _ in range(2)))
+        x_half, weight = (torch.randn(8, 8, device=device).half() for _ in range(2))
+        linear_act(x_half, weight)
+        mlp(x_half, weight, None, weight, None, norm_eps=1e-5)
         depthwise_conv_bn_act(x, depthwise, *batch_norm, padding=1)
 
 

@@ -14,6 +14,7 @@ from bbfast.benchmarks import bench_conv_bn_act as conv
 from bbfast.benchmarks import bench_depthwise_conv_bn_act as depthwise
 from bbfast.benchmarks import bench_drop_path_add as drop_path
 from bbfast.benchmarks import bench_linear_act as linear
+from bbfast.benchmarks import bench_mlp as perceptron
 from bbfast.benchmarks import bench_window_attention as attention
 from bbfast.benchmarks import conftest as benchmarks_conftest
 from bbfast.benchmarks.op_case import BACKWARD, DTYPE, FORWARD, Case, WrongResult, check, expect, randn
@@ -162,6 +163,28 @@ def test_work_of_a_linear_layer():
     assert (work.moved_bytes, work.flops) == (2 * (x + weight + 3 + 3 + y + y), 2 * 8 * y) == (508, 768)
     bare = linear.work_of(linear.Shape("some", size=2, channels=8, out_channels=3), 4, torch.bfloat16)
     assert bare.moved_bytes == 2 * (x + weight + 3 + y) and bare.on_tensor_cores
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_work_of_a_perceptron(scaled):
+    work = perceptron.work_of(perceptron.Shape("some", size=2, channels=8, scaled=scaled), 4, torch.bfloat16)
+    maps, vectors = (3, 32 + 4 * 8) if scaled else (2, 32 + 3 * 8)
+    assert work.moved_bytes == 2 * (maps * 16 * 8 + 2 * 8 * 32 + vectors) and work.on_tensor_cores
+    assert work.flops == 2 * 16 * (2 * 8 * 32)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_every_input_of_a_perceptron_counts(scaled):
+    case = perceptron.make_case(perceptron.Shape("some", size=3, channels=8, scaled=scaled), FORWARD)
+    expected = expect(case)
+    check(case, case.bbfast, expected)
+    inputs = expected.first.inputs
+    assert len(inputs) == (9 if scaled else 7)
+    for index, replaced in enumerate(inputs):
+        others = (*inputs[:index], torch.randn_like(replaced), *inputs[index + 1 :])
+        for function in (case.eager, case.bbfast):
+            with torch.no_grad():
+                assert not torch.allclose(function(*others), function(*inputs)), f"input {index}"
 
 
 @pytest.mark.parametrize("module, last", [(conv, "gated"), (linear, "scaled")], ids=["conv_bn_act", "linear_act"])

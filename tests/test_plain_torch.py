@@ -115,6 +115,14 @@ def _linear_act():
     return call, (double(3, 4, 5), double(6, 5), double(6), double(6), double(3, 4, 6))
 
 
+def _mlp():
+    def call(x, fc1_weight, fc1_bias, fc2_weight, norm_weight, residual):
+        layers = (fc1_weight, fc1_bias, fc2_weight, None)
+        return ops.mlp(x, *layers, act="silu", norm_weight=norm_weight, norm_eps=1e-5, residual=residual)
+
+    return call, (double(3, 4, 5), double(6, 5), double(6), double(5, 6), double(5), double(3, 4, 5))
+
+
 def _window_attention(pad_order: str):
     def call(qkv, table, qkv_bias):
         return ops.window_attention(
@@ -136,6 +144,7 @@ CASES = {
     "add_layer_norm": lambda: _add_layer_norm(True),
     "layer_norm": lambda: _add_layer_norm(False),
     "linear_act": _linear_act,
+    "mlp": _mlp,
     "window_attention": lambda: _window_attention("shift_then_pad"),
     "window_attention, padded first": lambda: _window_attention("pad_then_shift"),
     "window_partition": lambda: (lambda x: ops.window_partition(x, (2, 3), 1), (double(2, 4, 5, 3),)),

@@ -74,6 +74,9 @@ def small_cases() -> dict:
         "linear_act": lambda: ops.linear_act(
             half(8, 196, 64), half(128, 64), half(128), layer_scale=half(128), residual=half(8, 196, 128)
         ),
+        "mlp": lambda: ops.mlp(
+            half(8, 196, 64), half(256, 64), half(256), half(64, 256), None, norm_eps=1e-5, residual=half(8, 196, 64)
+        ),
         "drop_path_add": lambda: ops.drop_path_add(x, new_map(), layer_scale=half(64)),
         "add_layer_norm": lambda: ops.add_layer_norm(half(8, 196, 64), half(8, 196, 64), *vectors(2)),
         "window_attention": lambda: ops.window_attention(qkv, table, num_heads=2, window_size=7, shift_size=3),
@@ -181,6 +184,7 @@ EXPECTED = {
     "conv_bn_act": [(POINTWISE[0] + 4 * 2 * VECTOR, POINTWISE[1])],
     "gate and residual": [(POINTWISE[0] + 2 * 8 * 64 + 2 * MAP, POINTWISE[1])],
     "linear_act": [(POINTWISE[0] + 2 * 2 * VECTOR + 2 * MAP, POINTWISE[1])],
+    "mlp": [(3 * MAP + 2 * (2 * 256 * 64 + 256), 4 * 8 * 196 * 64 * 256)],
     "drop_path_add": [(3 * MAP + VECTOR, 0)],
     "add_layer_norm": [(4 * MAP + 2 * VECTOR, 0)],
     # 32 windows, 2 heads of 32 channels, 49 tokens, 2 products.

@@ -27,6 +27,7 @@ from bbfast.triton_kernels import (
     depthwise_conv_bn_act,
     drop_path_add,
     linear_act,
+    mlp,
     tuned,
     window_attention,
 )
@@ -424,6 +425,15 @@ def _pointwise():
     linear_act.forward(torch.randn(130, 24).half(), torch.randn(16, 24).half(), None, None, None, "gelu", torch.half)
 
 
+def _mlp():
+    weights, vector = torch.randn(2, 32, 24).half() / 5, torch.randn(24).half()
+    layers = (weights[0], None, weights[1].t(), vector)
+    for channels_of_norm in (vector, None):
+        eps = None if channels_of_norm is None else 1e-5
+        x = torch.randn(130, 24).half()
+        mlp.forward(x, *layers, channels_of_norm, channels_of_norm, None, x, eps, "gelu", torch.half)
+
+
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
 LAUNCHES = {
     "depthwise forward": lambda: _conv(1, NHWC, False),
@@ -433,6 +443,7 @@ LAUNCHES = {
     "batch_norm_act": lambda: (_batch_norm(NHWC, True), _batch_norm(NCHW, False)),
     "drop_path_add": lambda: (_drop_path(NHWC, True), _drop_path(NCHW, False)),
     "add_layer_norm": _layer_norm,
+    "mlp": _mlp,
     "pointwise": _pointwise,
     "window_attention": lambda: _attention(5),
     "window_attention of several tiles": lambda: _attention(7),
@@ -460,7 +471,7 @@ def test_every_candidate_gives_the_numbers_of_the_heuristic(name):
             searched.add(place)
     kernels = {(place[0], place[1].kernel) for place in searched}
     print(len(searched), "launches of", sorted(kernels))
-    assert len(kernels) > 1 or (name == "pointwise" and len(searched) == 2)
+    assert len(kernels) > 1 or (name in ("mlp", "pointwise") and len(searched) == 2)
 
 
 # ---- many launches, and the command ------------------------------------------------------------------------
