@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from bbfast import ops
-from bbfast.nn import apply_conv_bn_act, apply_depthwise_conv_bn_act, apply_gate, apply_linear_act, squeeze_excite_gate
+from bbfast.nn import apply_conv_bn_act, apply_depthwise_conv_bn_act, apply_gate, apply_mlp, squeeze_excite_gate
+from bbfast.nn.mlp import mlp_is_one_kernel
 from bbfast.swap._lending import can_lend, have_own_call
 
 Padding = str | tuple[int, int, int, int] | None  # in the words of the ops; None for the convolution's own
@@ -224,20 +225,20 @@ def add_perceptron(
     mlp: nn.Module,
     drop_path: nn.Module | None,
     layer_scale: torch.Tensor | None = None,
+    norm: nn.Module | None = None,
 ) -> torch.Tensor:
-    """`shortcut + drop_path(mlp(x) * layer_scale)` on `[N, ..., C]`.
+    """`shortcut + drop_path(mlp(norm(x)) * layer_scale)` on `[N, ..., C]`.
 
-    A perceptron that is known, and that nobody hung anything on, is two ops, and the second takes the sum along.
+    A perceptron that is known, and that nobody hung anything on, is two ops, of which the second takes the sum along,
+    or one that takes everything.
     """
-    read = PERCEPTRONS.get(type(mlp))
-    parts = None if read is None or draws(drop_path) else read(mlp)
-    if parts is None or not _can_run_as_ops(mlp, *parts):
-        branch = mlp(x)
+    parts = None if draws(drop_path) else _parts(mlp)
+    if parts is None:
+        branch = mlp(x if norm is None else norm(x))
         shape = shortcut.shape
         pixels = (tensor.flatten(1, -2) for tensor in (shortcut, branch))  # a video has more axes than the op takes
         return add_branch(*pixels, drop_path, layer_scale, channel_dim=-1).reshape(shape)
-    first, act, second, _ = parts
-    return two_layers(x, first, act, second, shortcut, layer_scale)
+    return two_layers(x, *parts, shortcut, layer_scale, norm)
 
 
 def two_layers(
@@ -247,11 +248,30 @@ def two_layers(
     second: nn.Module,
     shortcut: torch.Tensor,
     layer_scale: torch.Tensor | None = None,
+    norm: nn.Module | None = None,
 ) -> torch.Tensor:
-    """`shortcut + second(act(first(x))) * layer_scale`; what somebody changed or hung something on is called."""
+    """`shortcut + second(act(first(norm(x)))) * layer_scale`; what somebody changed or hung something on is called."""
+    if norm is not None and not can_lend([norm]):
+        norm, x = None, norm(x)
     name = None if have_own_call([act]) else activation_name(act)
-    hidden = apply_linear_act(first, x, act=act if name is None else name)
-    return apply_linear_act(second, hidden, residual=shortcut, layer_scale=layer_scale)
+    act = act if name is None else name
+    return apply_mlp(norm, first, act, second, x, residual=shortcut, layer_scale=layer_scale)
+
+
+def perceptron_is_one_kernel(x: torch.Tensor, norm: nn.Module, mlp: nn.Module, *drop_paths: nn.Module | None) -> bool:
+    """Whether `x + mlp(norm(x))` is one kernel now, which the sum that makes x should then leave to normalise."""
+    parts = None if any(draws(drop_path) for drop_path in drop_paths) else _parts(mlp)
+    if parts is None or not can_lend([norm]):
+        return False
+    first, act, second = parts
+    return mlp_is_one_kernel(norm, first, activation_name(act), second, x, residual=x)
+
+
+def _parts(mlp: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module] | None:
+    """First layer, activation and second layer of a perceptron that may run as ops; None for another."""
+    read = PERCEPTRONS.get(type(mlp))
+    parts = None if read is None else read(mlp)
+    return parts[:3] if parts is not None and _can_run_as_ops(mlp, *parts) else None
 
 
 def _can_run_as_ops(mlp: nn.Module, first: nn.Module, act: nn.Module, second: nn.Module, idle: list) -> bool:

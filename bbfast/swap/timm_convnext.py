@@ -26,8 +26,9 @@ class FastConvNeXtBlock(Fast, ConvNeXtBlock):
         branch = conv_norm_act(x, self.conv_dw)
         if not self.use_conv_mlp and is_channels_last(x):
             shortcut = _as_channels_last(self.shortcut(x)).permute(0, 2, 3, 1)
-            normalised = self.norm(branch.permute(0, 2, 3, 1))
-            return add_perceptron(shortcut, normalised, self.mlp, self.drop_path, self.gamma).permute(0, 3, 1, 2)
+            pixels = branch.permute(0, 2, 3, 1)
+            y = add_perceptron(shortcut, pixels, self.mlp, self.drop_path, self.gamma, self.norm)
+            return y.permute(0, 3, 1, 2)
         if self.use_conv_mlp:
             branch = self.mlp(self.norm(branch))
         else:

@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from bbfast import dispatch, ops
+from bbfast.nn import apply_linear_act
 from bbfast.reference.window_attention import Windows, relative_position_index
-from bbfast.swap._blocks import add_branch, add_perceptron, draw_mask
+from bbfast.swap._blocks import add_branch, add_perceptron, draw_mask, perceptron_is_one_kernel
 from bbfast.swap._fast import Fast, register, unsupported
-from bbfast.swap._lending import have_own_call, lender
+from bbfast.swap._lending import can_lend, have_own_call, lender
 
 PAD_ORDER = "shift_then_pad"
 MASK_VALUE = -100.0
@@ -77,7 +78,10 @@ def _draws(module: nn.Module) -> bool:
 
 @register
 class FastSwinTransformerBlock(Fast, SwinTransformerBlock):
-    """Attention reads the windows where they lie in the map; the sum and norm2 are one op, perceptron and sum two."""
+    """Attention reads the windows where they lie in the map; the sum and norm2 are one op, perceptron and sum two.
+
+    With few channels, in inference on a GPU, the sum is the end of the attention, and all that follows one op.
+    """
 
     lends = ("attn",)
     drops = ("drop_path1", "drop_path2")
@@ -104,6 +108,10 @@ class FastSwinTransformerBlock(Fast, SwinTransformerBlock):
         return []
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
+        drops = (self.drop_path1, self.drop_path2)
+        if _is_layer_norm(self.norm2) and perceptron_is_one_kernel(x, self.norm2, self.mlp, *drops):
+            x = self._attend(self.norm1(x), shortcut=x)
+            return add_perceptron(x, x, self.mlp, self.drop_path2, norm=self.norm2)
         batch, height, width, channels = x.shape
         branch = self._attend(self.norm1(x))
         if _is_layer_norm(self.norm2):
@@ -115,14 +123,15 @@ class FastSwinTransformerBlock(Fast, SwinTransformerBlock):
             y = self.norm2(x)
         return add_perceptron(x, y, self.mlp, self.drop_path2).reshape(batch, height, width, channels)
 
-    def _attend(self, x: torch.Tensor) -> torch.Tensor:
-        """What `_attn` returns."""
+    def _attend(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        """What `_attn` returns, added to a shortcut if there is one."""
         attn = self.attn
         reason = self._why_mask_is_needed(x) or _why_windows_are_needed(attn, self._pads(x))
         if reason is not None:
             if not torch.compiler.is_compiling():  # a graph has no side effects
                 dispatch.fall_back("window_attention", x, [reason])
-            return self._attn(x)
+            branch = self._attn(x)
+            return branch if shortcut is None else shortcut + branch
         y = ops.window_attention(
             attn.qkv(x),
             attn.relative_position_bias_table,
@@ -134,7 +143,11 @@ class FastSwinTransformerBlock(Fast, SwinTransformerBlock):
             pad_order=PAD_ORDER,
             mask_value=MASK_VALUE,
         )
-        return attn.proj_drop(attn.proj(y))
+        if shortcut is None:
+            return attn.proj_drop(attn.proj(y))
+        if can_lend([attn.proj, attn.proj_drop]) and not _draws(attn.proj_drop):
+            return apply_linear_act(attn.proj, y, residual=shortcut)
+        return shortcut + attn.proj_drop(attn.proj(y))
 
     def _pads(self, x: torch.Tensor) -> bool:
         return x.shape[1] % self.window_size[0] != 0 or x.shape[2] % self.window_size[1] != 0

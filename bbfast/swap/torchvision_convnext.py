@@ -39,8 +39,9 @@ class FastCNBlock(Fast, CNBlock):
         branch = conv_norm_act(input, conv)
         if _is_perceptron(layers) and not draws(self.stochastic_depth):
             _, norm, first, act, second, _ = layers
-            pixels, scale = norm(branch.permute(0, 2, 3, 1)), self.layer_scale.flatten()
-            return two_layers(pixels, first, act, second, input.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
+            pixels, shortcut = (maps.permute(0, 2, 3, 1) for maps in (branch, input))
+            scale = self.layer_scale.flatten()
+            return two_layers(pixels, first, act, second, shortcut, scale, norm).permute(0, 3, 1, 2)
         for layer in layers:
             branch = layer(branch)
         return add_branch(input, branch, self.stochastic_depth, self.layer_scale.flatten())

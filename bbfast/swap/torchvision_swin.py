@@ -10,7 +10,7 @@ from torchvision.ops.misc import MLP
 
 from bbfast import ops
 from bbfast.reference.window_attention import relative_position_index
-from bbfast.swap._blocks import PERCEPTRONS, add_branch, add_perceptron, draw_mask
+from bbfast.swap._blocks import PERCEPTRONS, add_branch, add_perceptron, draw_mask, perceptron_is_one_kernel
 from bbfast.swap._fast import Fast, register, unsupported
 from bbfast.swap._lending import lender
 
@@ -75,6 +75,10 @@ class FastSwinTransformerBlock(Fast, SwinTransformerBlock):
 
     def fused_forward(self, x: torch.Tensor) -> torch.Tensor:
         branch = self.attn(self.norm1(x))
+        drop_path = self.stochastic_depth
+        if _is_channel_norm(self.norm2) and perceptron_is_one_kernel(x, self.norm2, self.mlp, drop_path):
+            x = x + branch
+            return add_perceptron(x, x, self.mlp, drop_path, norm=self.norm2)
         if _is_channel_norm(self.norm2):
             mask = draw_mask(self.stochastic_depth, branch)
             norm = self.norm2
