@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import sys
 
 import pytest
 import torch
@@ -68,6 +69,14 @@ def seed() -> int:
     random.seed(value)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """What one test compiled counts toward no other's limit of recompilations."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

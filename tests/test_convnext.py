@@ -313,7 +313,7 @@ def test_training_under_autocast():
     for key, value in exact.items():
         assert ours[key].dtype == theirs[key].dtype, key
         error, baseline = ((result[key].double() - value).norm() for result in (ours, theirs))
-        assert error <= 2 * baseline + 0.01 * value.norm(), f"{key}: error {error:.3g}, timm's {baseline:.3g}"
+        assert error <= 3 * baseline + 0.01 * value.norm(), f"{key}: error {error:.3g}, timm's {baseline:.3g}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

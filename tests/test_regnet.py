@@ -36,7 +36,11 @@ NAMES = bbfast.list_models(module="regnet")
 SHALLOW = {"w0": 16, "wa": 12.0, "wm": 2.0, "depth": 9, "group_size": 16}
 QUICK = ["regnetx_002", "regnetx_004_tv", "regnety_002", "regnety_004", "regnety_008_tv", "regnetz_005"]
 # A billion parameters, in three copies.
-HUGE = ["regnety_1280", "regnety_2560"]
+# Of a billion parameters and more; with a tenth of their widths, and as many stages.
+HUGE = {
+    "regnety_1280": {"w0": 64, "wa": 22.6, "group_size": 64},
+    "regnety_2560": {"w0": 64, "wa": 23.1, "group_size": 64},
+}
 KINDS = {
     "regnetx_002": SHALLOW,
     "regnety_008_tv": SHALLOW,
@@ -160,8 +164,8 @@ def test_shallow_models_agree(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in QUICK])
 def test_whole_models_agree(name):
-    """Those of a billion parameters, which in three copies fill a machine, with narrower stages."""
-    assert_forward_agrees(name, (33, 48), batch=1, **({"w0": 64, "group_size": 64} if name in HUGE else {}))
+    """Those of which three copies would fill a machine with narrower stages."""
+    assert_forward_agrees(name, (33, 48), batch=1, **HUGE.get(name, {}))
 
 
 @pytest.mark.parametrize("name", ["regnetx_002", "regnety_004"])
