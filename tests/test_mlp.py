@@ -133,6 +133,21 @@ def test_any_strides(backend, monkeypatch, device):
             expect(mlp(**moved), moved, name=name)
 
 
+def test_rows_far_apart(monkeypatch, device):
+    """Their offsets do not fit 32 bits."""
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of free GPU memory")
+    monkeypatch.delenv("BBFAST_BACKEND", raising=False)
+    far = 2**31 + 64
+    large = torch.empty(far + 8, dtype=HALF, device=device)
+    a = inputs((2,), 8, 16, HALF, device)
+    rows = large.as_strided((2, 8), (far, 1))
+    rows.copy_(a["x"])
+    with torch.no_grad():
+        expect(mlp(**a | {"x": rows, "residual": rows}), a | {"residual": a["x"]})
+    assert dispatch.last_choices()["mlp"].backend == "triton"
+
+
 @every_backend
 def test_a_residual_that_is_x(backend, monkeypatch, device):
     dtype = use_backend(monkeypatch, backend, device)
@@ -182,6 +197,24 @@ def test_what_the_kernel_leaves_to_other_ops(channels, hidden, dtype, monkeypatc
     with torch.no_grad():
         expect(mlp(**a), a)
     assert dispatch.last_choices()["mlp"].backend == "torch"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [HALF, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [40, 64, 96, 104, 128])
+@pytest.mark.parametrize("batch", [1, 32])
+def test_real_sizes(dtype, channels, batch, monkeypatch, device):
+    """As in the first stages of ConvNeXt (without a norm, scaled) and Swin (with one, added to what it normalises)."""
+    monkeypatch.setenv("BBFAST_STRICT", "1")
+    poison_new_empty(monkeypatch)
+    for act in ACTIVATIONS:
+        a = inputs((batch, 56, 56), channels, 4 * channels, dtype, device, norm=False)
+        with torch.no_grad():
+            expect(mlp(**a, act=act), a, act)
+            a = inputs((batch, 56, 56), channels, 4 * channels, dtype, device, scaled=False)
+            a["residual"] = a["x"]
+            expect(mlp(**a, act=act), a, act)
+    assert dispatch.last_choices()["mlp"].backend == "triton"
 
 
 def test_heuristic_chooses_what_fits():
@@ -314,9 +347,9 @@ def test_layer():
 
 
 @pytest.fixture
-def one_kernel(monkeypatch):
-    """Counts calls of the op, which Triton's interpreter runs; skips where there is none."""
-    missing = dispatch.triton_unavailable_reasons(torch.zeros(1))
+def one_kernel(monkeypatch, device):
+    """The arguments of each launch; skips where there can be none."""
+    missing = dispatch.triton_unavailable_reasons(torch.zeros(1, device=device))
     if missing:
         pytest.skip("; ".join(missing))
     monkeypatch.delenv("BBFAST_BACKEND", raising=False)
@@ -332,10 +365,10 @@ class Doubled(nn.LayerNorm):
 
 @pytest.mark.parametrize("part", ["norm", "fc1", "act", "fc2"])
 @pytest.mark.parametrize("change", ["hook", "pre-hook", "forward"])
-def test_what_somebody_did_to_a_module_counts(part, change, one_kernel):
+def test_what_somebody_did_to_a_module_counts(part, change, one_kernel, device):
     parts = {"norm": nn.LayerNorm(8), "fc1": nn.Linear(8, 16), "act": nn.GELU(), "fc2": nn.Linear(16, 8)}
-    parts = {name: module.half() for name, module in parts.items()}
-    module, x, scale = parts[part], torch.randn(5, 8).half(), torch.randn(8).half()
+    parts = {name: module.half().to(device) for name, module in parts.items()}
+    module, x, scale = parts[part], torch.randn(5, 8).half().to(device), torch.randn(8).half().to(device)
     with torch.no_grad():
         apply_mlp(*parts.values(), x, residual=x, layer_scale=scale)
         assert len(one_kernel) == 1
@@ -352,9 +385,9 @@ def test_what_somebody_did_to_a_module_counts(part, change, one_kernel):
 
 
 @pytest.mark.parametrize("norm", [Doubled(8), nn.RMSNorm(8), nn.LayerNorm((5, 8)), None], ids=str)
-def test_a_norm_of_another_kind_is_called(norm, one_kernel):
-    norm = norm and norm.half()
-    fc1, fc2, x = nn.Linear(8, 16).half(), nn.Linear(16, 8).half(), torch.randn(5, 8).half()
+def test_a_norm_of_another_kind_is_called(norm, one_kernel, device):
+    norm = norm and norm.half().to(device)
+    fc1, fc2, x = (part.half().to(device) for part in (nn.Linear(8, 16), nn.Linear(16, 8), torch.randn(5, 8)))
     with torch.no_grad():
         y = apply_mlp(norm, fc1, "gelu", fc2, x)
         torch.testing.assert_close(y, fc2(F.gelu(fc1(x if norm is None else norm(x)))), rtol=1e-2, atol=1e-2)
@@ -367,15 +400,15 @@ BLOCKS = {
 }
 
 
-def block_and_input(kind):
-    block = BLOCKS[kind]().half()
-    x = torch.randn(2, 8, 8, 16).half()
+def block_and_input(kind, device):
+    block = BLOCKS[kind]().half().to(device)
+    x = torch.randn(2, 8, 8, 16).half().to(device)
     return block, x if kind == "swin" else x.permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_blocks_end_in_one_kernel(kind, one_kernel, monkeypatch):
-    block, x = block_and_input(kind)
+def test_blocks_end_in_one_kernel(kind, one_kernel, monkeypatch, device):
+    block, x = block_and_input(kind, device)
     with torch.no_grad():
         y = block.eval()(x)
         assert len(one_kernel) == 1
@@ -385,15 +418,15 @@ def test_blocks_end_in_one_kernel(kind, one_kernel, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_blocks_give_gradients(kind, one_kernel):
-    block, x = block_and_input(kind)
+def test_blocks_give_gradients(kind, one_kernel, device):
+    block, x = block_and_input(kind, device)
     block.eval()(x).float().sum().backward()
     assert block.mlp.fc1.weight.grad.abs().sum() > 0 and not one_kernel
 
 
-def test_a_swin_block_that_drops_samples_adds_first(one_kernel):
+def test_a_swin_block_that_drops_samples_adds_first(one_kernel, device):
     """Its perceptron is one kernel all the same, without norm and sum."""
-    block, x = block_and_input("swin")
+    block, x = block_and_input("swin", device)
     with torch.no_grad():
         block.train()(x)
     (arguments,) = one_kernel
@@ -401,9 +434,9 @@ def test_a_swin_block_that_drops_samples_adds_first(one_kernel):
 
 
 @pytest.mark.parametrize("name", ["attn", "norm2", "mlp"])
-def test_hooks_in_a_swin_block_see_what_they_saw(name, one_kernel):
+def test_hooks_in_a_swin_block_see_what_they_saw(name, one_kernel, device):
     """Attention and perceptron their own results, without the sum; the norm what it makes of it."""
-    block, x = block_and_input("swin")
+    block, x = block_and_input("swin", device)
     with torch.no_grad():
         before, seen = block.eval()(x), []
         getattr(block, name).register_forward_hook(lambda module, args, y: seen.append((args, y)))

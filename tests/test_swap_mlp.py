@@ -28,9 +28,9 @@ NORMS = {"timm swin": "norm2", "timm convnext": "norm", "torchvision swin": "nor
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    """The arguments of each launch, which Triton's interpreter runs; skips where there is none."""
-    missing = dispatch.triton_unavailable_reasons(torch.zeros(1))
+def launches(monkeypatch, device):
+    """The arguments of each launch; skips where there can be none."""
+    missing = dispatch.triton_unavailable_reasons(torch.zeros(1, device=device))
     if missing:
         pytest.skip("; ".join(missing))
     monkeypatch.delenv("BBFAST_BACKEND", raising=False)
@@ -39,12 +39,12 @@ def launches(monkeypatch):
     return calls
 
 
-def block_and_input(kind):
+def block_and_input(kind, device):
     """In half precision, and what the block as it was makes of the input in double."""
-    block = BLOCKS[kind]().half().eval()
+    block = BLOCKS[kind]().half().eval().to(device)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
-    x = torch.randn(2, 8, 8, 16).half()
+    x = torch.randn(2, 8, 8, 16).half().to(device)
     x = x.permute(0, 3, 1, 2) if "convnext" in kind else x
     return block, x
 
@@ -58,8 +58,8 @@ def expect(y, block, x):
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_inference_ends_in_one_kernel(kind, launches):
-    block, x = block_and_input(kind)
+def test_inference_ends_in_one_kernel(kind, launches, device):
+    block, x = block_and_input(kind, device)
     with bbfast.swapped(block), torch.no_grad():
         y = block(x)
     ((*_, norm_eps, act, _),) = launches
@@ -69,9 +69,9 @@ def test_inference_ends_in_one_kernel(kind, launches):
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_hooks_on_the_norm_count(kind, launches):
+def test_hooks_on_the_norm_count(kind, launches, device):
     """Hung on after the swap, so that no plan knows of them."""
-    block, x = block_and_input(kind)
+    block, x = block_and_input(kind, device)
     bbfast.swap(block)
     block.get_submodule(NORMS[kind]).register_forward_hook(lambda module, args, y: -2 * y)
     with torch.no_grad():
@@ -82,8 +82,8 @@ def test_hooks_on_the_norm_count(kind, launches):
 
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("layer", ["fc1", "act", "fc2"])
-def test_hooks_in_the_perceptron_count(kind, layer, launches):
-    block, x = block_and_input(kind)
+def test_hooks_in_the_perceptron_count(kind, layer, launches, device):
+    block, x = block_and_input(kind, device)
     path = {"fc1": {"torchvision swin": "mlp.0", "torchvision convnext": "block.3"}, "act": {}, "fc2": {}}
     path["act"] = {"torchvision swin": "mlp.1", "torchvision convnext": "block.4"}
     path["fc2"] = {"torchvision swin": "mlp.3", "torchvision convnext": "block.5"}
@@ -98,8 +98,8 @@ def test_hooks_in_the_perceptron_count(kind, layer, launches):
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_gradients_and_dropped_samples_take_other_ways(kind, launches):
-    block, x = block_and_input(kind)
+def test_gradients_and_dropped_samples_take_other_ways(kind, launches, device):
+    block, x = block_and_input(kind, device)
     with bbfast.swapped(block):
         block(x).float().sum().backward()
         assert not launches
@@ -108,9 +108,9 @@ def test_gradients_and_dropped_samples_take_other_ways(kind, launches):
     assert all(arguments[8] is None for arguments in launches)  # no residual: the sum comes after what is dropped
 
 
-def test_a_projection_that_drops_is_called(launches):
+def test_a_projection_that_drops_is_called(launches, device):
     """Neither its dropout, in training, nor a hook on it may get lost in the attention's sum."""
-    block, x = block_and_input("timm swin")
+    block, x = block_and_input("timm swin", device)
     block.drop_path1 = block.drop_path2 = nn.Identity()
     bbfast.swap(block)
     with torch.no_grad():
