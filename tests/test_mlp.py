@@ -433,6 +433,27 @@ def test_a_swin_block_that_drops_samples_adds_first(one_kernel, device):
     assert arguments[8:10] == (None, None)
 
 
+@pytest.mark.parametrize("kind, name", [("swin", "mlp"), ("swin", "attn"), ("convnext", "mlp")])
+@pytest.mark.parametrize("how", ["another module", "subclass"])
+def test_blocks_call_what_took_a_layer_s_place_with_x_alone(kind, name, how, one_kernel, device):
+    block, x = block_and_input(kind, device)
+    seen = []
+
+    class Recorder(nn.Module if how == "another module" else type(getattr(block, name))):
+        def forward(self, *args, **named):
+            seen.append((args, named))
+            return args[0]
+
+    if how == "another module":
+        setattr(block, name, Recorder())
+    else:
+        getattr(block, name).__class__ = Recorder
+    with torch.no_grad():
+        block.eval()(x)
+    ((args, named),) = seen
+    assert len(args) == 1 and not named
+
+
 @pytest.mark.parametrize("name", ["attn", "norm2", "mlp"])
 def test_hooks_in_a_swin_block_see_what_they_saw(name, one_kernel, device):
     """Attention and perceptron their own results, without the sum; the norm what it makes of it."""

@@ -12,7 +12,7 @@ from bbfast.nn.channel_norm import LayerNorm
 from bbfast.nn.depthwise_conv_bn_act import apply_depthwise_conv_bn_act
 from bbfast.nn.drop_path_add import DropPathAdd
 from bbfast.nn.global_response_norm import GlobalResponseNorm
-from bbfast.nn.linear_act import apply_linear_act, is_bare
+from bbfast.nn.linear_act import apply_linear_act, is_bare, only_runs
 from bbfast.nn.mlp import apply_mlp
 from bbfast.ops._common import is_channels_last
 
@@ -139,6 +139,6 @@ class ConvNeXtBlock(nn.Module):
         branch = branch.permute(0, 2, 3, 1)
         drops = self.training and self.drop_path.drop_prob
         # Symbolic tracing knows no layouts.
-        if not drops and is_bare(self.mlp) and isinstance(x, torch.Tensor) and is_channels_last(x):
+        if not drops and only_runs(self.mlp, ConvNeXtMlp) and isinstance(x, torch.Tensor) and is_channels_last(x):
             return self.mlp(branch, x.permute(0, 2, 3, 1), self.gamma, self.norm).permute(0, 3, 1, 2)
         return self.drop_path(x, self.mlp(self.norm(branch)).permute(0, 3, 1, 2), self.gamma)

@@ -92,6 +92,11 @@ def is_bare(module: nn.Module) -> bool:
     return not any(hooks) and "forward" not in module.__dict__
 
 
+def only_runs(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether calling it runs the forward of `cls`, not a subclass's, and nothing else."""
+    return isinstance(module, cls) and type(module).forward is cls.forward and is_bare(module)
+
+
 def _is_plain(weight: torch.Tensor) -> bool:
     """Whether it holds its values itself, unlike a quantised or a sharded one of a class of its own."""
     return not hasattr(type(weight), "__tensor_flatten__")

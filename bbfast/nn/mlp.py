@@ -10,7 +10,7 @@ from torch import nn
 
 from bbfast import ops
 from bbfast.nn._arguments import check_probability
-from bbfast.nn.linear_act import activation_name, apply_linear_act, is_bare, lent_weight
+from bbfast.nn.linear_act import activation_name, apply_linear_act, lent_weight, only_runs
 from bbfast.ops.mlp import is_one_kernel
 
 
@@ -103,5 +103,4 @@ def mlp_is_one_kernel(
 
 def is_plain_layer_norm(norm: nn.Module) -> bool:
     """Whether it does nothing but nn.LayerNorm over the last axis."""
-    is_layer_norm = isinstance(norm, nn.LayerNorm) and type(norm).forward is nn.LayerNorm.forward
-    return is_layer_norm and len(norm.normalized_shape) == 1 and is_bare(norm)
+    return only_runs(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1

@@ -8,7 +8,7 @@ from torch import nn
 from bbfast.nn._arguments import check_bool, check_positive, check_probability
 from bbfast.nn.add_layer_norm import apply_add_layer_norm
 from bbfast.nn.drop_path_add import DropPathAdd
-from bbfast.nn.linear_act import is_bare
+from bbfast.nn.linear_act import only_runs
 from bbfast.nn.mlp import Mlp, mlp_is_one_kernel
 from bbfast.nn.window_attention import ShiftedWindowAttention
 from bbfast.ops._common import pair
@@ -119,7 +119,7 @@ class SwinBlock(nn.Module):
         else:
             x = _add(self.drop_path1, x, branch)
             normalised = self.norm2(x)
-        if not _drops(self.drop_path2) and isinstance(self.mlp, Mlp) and is_bare(self.mlp):
+        if not _drops(self.drop_path2) and only_runs(self.mlp, Mlp):
             return self.mlp(normalised, residual=x)
         return _add(self.drop_path2, x, self.mlp(normalised))
 
@@ -128,7 +128,7 @@ class SwinBlock(nn.Module):
         if _drops(self.drop_path1) or _drops(self.drop_path2):
             return False
         attn, mlp = self.attn, self.mlp
-        if not (isinstance(attn, ShiftedWindowAttention) and isinstance(mlp, Mlp) and is_bare(attn) and is_bare(mlp)):
+        if not (only_runs(attn, ShiftedWindowAttention) and only_runs(mlp, Mlp)):
             return False
         return mlp_is_one_kernel(self.norm2, mlp.fc1, "gelu", mlp.fc2, x, residual=x)
 
