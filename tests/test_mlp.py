@@ -169,6 +169,29 @@ def test_rows_far_from_zero_and_constant_rows(backend, monkeypatch, device):
 
 
 @every_backend
+def test_large_constant_rows_without_the_norm_s_weight(backend, monkeypatch, device):
+    """Minus their mean by their deviation is beyond float16, in channels that a tile has and the row has not."""
+    dtype = use_backend(monkeypatch, backend, device)
+    a = inputs((4,), 24, 32, dtype, device, scaled=False, residual=False) | {"norm_weight": None}
+    a["x"][:] = 300.0
+    for bias in (a["norm_bias"], None):
+        with torch.no_grad():
+            expect(mlp(**a | {"norm_bias": bias}), a | {"norm_bias": bias})
+
+
+@every_backend
+def test_infinity_stays_what_it_is(backend, monkeypatch, device):
+    """It must not meet the zeros of hidden units that a tile has and the layer has not."""
+    dtype = use_backend(monkeypatch, backend, device)
+    a = inputs((4,), 16, 8, dtype, device, norm=False, scaled=False, residual=False)
+    a |= {name: a[name].abs() for name in ("fc1_weight", "fc2_weight")}
+    a["x"][0, 0] = float("inf")
+    with torch.no_grad():
+        y = mlp(**a, act="relu")
+    assert y[0].isposinf().all() and y[1:].isfinite().all()
+
+
+@every_backend
 def test_a_row_that_is_not_finite_spoils_no_other(backend, monkeypatch, device):
     dtype = use_backend(monkeypatch, backend, device)
     a = inputs((40,), 24, 32, dtype, device)
@@ -298,6 +321,13 @@ def test_plain_torch_on_demand():
     torch.testing.assert_close(mapped[:, 0], plain({"x": x, "residual": residual, **a}, "gelu"))
 
 
+@pytest.mark.parametrize("norm_eps", [None, 1e-5])
+def test_shapes_on_meta(norm_eps):
+    x, fc1, fc2 = (torch.empty(shape, device="meta", dtype=HALF) for shape in ((2, 16), (24, 16), (16, 24)))
+    y = mlp(x, fc1, None, fc2, None, norm_eps=norm_eps)
+    assert y.is_meta and y.shape == (2, 16) and y.dtype == HALF
+
+
 # ---- errors ----------------------------------------------------------------------------------------------
 
 
@@ -346,6 +376,12 @@ def test_layer():
     torch.testing.assert_close(dropping.eval()(x), dropping.fc2(F.gelu(dropping.fc1(x))))
 
 
+def test_layer_on_a_single_row(device):
+    layer, x = Mlp(16, 64).half().to(device), torch.randn(16).half().to(device)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer(x[None])[0], rtol=1e-2, atol=1e-2)
+
+
 @pytest.fixture
 def one_kernel(monkeypatch, device):
     """The arguments of each launch; skips where there can be none."""
@@ -392,6 +428,13 @@ def test_a_norm_of_another_kind_is_called(norm, one_kernel, device):
         y = apply_mlp(norm, fc1, "gelu", fc2, x)
         torch.testing.assert_close(y, fc2(F.gelu(fc1(x if norm is None else norm(x)))), rtol=1e-2, atol=1e-2)
     assert len(one_kernel) == 1 and one_kernel[0][9] is None
+
+
+def test_a_norm_of_another_size_is_an_error(one_kernel, device):
+    norm = nn.LayerNorm(8, elementwise_affine=False)
+    fc1, fc2, x = (part.half().to(device) for part in (nn.Linear(24, 16), nn.Linear(16, 24), torch.randn(5, 24)))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="normalized_shape"):
+        apply_mlp(norm, fc1, "gelu", fc2, x)
 
 
 BLOCKS = {
@@ -452,6 +495,73 @@ def test_blocks_call_what_took_a_layer_s_place_with_x_alone(kind, name, how, one
         block.eval()(x)
     ((args, named),) = seen
     assert len(args) == 1 and not named
+
+
+class Negative(nn.Module):
+    def forward(self, x):
+        return -x
+
+
+@pytest.mark.parametrize("module", [Negative(), nn.Identity(), nn.Dropout(1.0)], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_what_comes_after_the_attention_s_projection_is_called(module, training, one_kernel, device):
+    block, x = block_and_input("swin", device)
+    block.drop_path1 = block.drop_path2 = nn.Identity()
+    block.attn.proj_drop = module
+    block.train(training)
+    with torch.no_grad():
+        y = block(x)
+        assert len(one_kernel) == 1
+        z = x + block.attn(block.norm1(x))
+        torch.testing.assert_close(y, z + block.mlp(block.norm2(z)), rtol=2e-2, atol=2e-2)
+
+
+def test_what_took_the_place_of_no_norm_is_called(one_kernel, device):
+    """Between the layers of a ConvNeXt's perceptron."""
+
+    class Doubled(nn.Identity):
+        def forward(self, x):
+            return 2 * x
+
+    block, x = block_and_input("convnext", device)
+    perceptron, x = block.mlp, x.permute(0, 2, 3, 1)
+    perceptron.grn = Doubled()
+    with torch.no_grad():
+        y = perceptron.eval()(x)
+        expected = perceptron.fc2(2 * F.gelu(perceptron.fc1(x)))
+    torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind, called", [("swin", {"attn.proj", "attn.proj_drop"}), ("convnext", {"norm", "mlp.grn"})])
+def test_hooks_on_all_modules_see_all(kind, called, one_kernel, device):
+    block, x = block_and_input(kind, device)
+    names, seen = {module: name for name, module in block.named_modules()}, {}
+
+    def note(module, args, y):
+        seen[names[module]] = args
+
+    handle = nn.modules.module.register_module_forward_hook(note)
+    try:
+        with torch.no_grad():
+            block.eval()(x)
+    finally:
+        handle.remove()
+    assert called <= set(seen) and not one_kernel
+    assert all(len(args) == 1 for name, args in seen.items() if "drop_path" not in name)
+
+
+@pytest.mark.parametrize("name", ["attn", "attn.proj_drop", "norm2", "mlp"])
+def test_a_forward_that_comes_after_compiling_counts(name, one_kernel, device):
+    block, x = block_and_input("swin", device)
+    torch._dynamo.reset()
+    compiled = torch.compile(block.eval(), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        before = compiled(x)
+        module = block.get_submodule(name)
+        forward = module.forward
+        module.forward = lambda *args, **named: 3 * forward(*args, **named)
+        torch.testing.assert_close(compiled(x), block(x), rtol=1e-2, atol=1e-2)
+        assert name == "norm2" or not torch.allclose(compiled(x), before, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["attn", "norm2", "mlp"])

@@ -53,6 +53,8 @@ def _normalised(x, mean, rstd, weight_ptr, bias_ptr, channel, channels):
     x = (x - mean[:, None]) * rstd[:, None]
     if weight_ptr is not None:
         x *= tl.load(weight_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+    else:  # else the weight makes zeros of channels that are not there, which must not grow to infinity
+        x = tl.where((channel < channels)[None, :], x, 0.0)
     if bias_ptr is not None:
         x += tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
     return x
@@ -99,6 +101,7 @@ def _mlp_kernel(
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     LEFT_PARTS: tl.constexpr,
@@ -145,6 +148,8 @@ def _mlp_kernel(
         if fc1_bias_ptr is not None:
             sums += tl.load(fc1_bias_ptr + unit, mask=unit < hidden, other=0.0).to(tl.float32)[None, :]
         units = activation_for(sums, ACT, DTYPE).to(DTYPE)
+        if not WHOLE_BLOCKS:  # infinity times the zeros of units that are not there is NaN
+            units = tl.where((unit < hidden)[None, :], units, 0.0)
         y_left = tl.dot(units, _fc2_columns(fc2_weight_ptr, left, unit, channels, hidden), y_left)
         if RIGHT > 0:
             y_right = tl.dot(units, _fc2_columns(fc2_weight_ptr, right, unit, channels, hidden), y_right)
@@ -290,6 +295,7 @@ def forward(
             UNIT=UNIT,
             BLOCK_M=config.block_m,
             BLOCK_H=config.block_h,
+            WHOLE_BLOCKS=hidden % config.block_h == 0,
             LEFT=left,
             RIGHT=right,
             LEFT_PARTS=max(1, left // FINISHED_COLUMNS),

@@ -12,7 +12,7 @@ from bbfast.nn.channel_norm import LayerNorm
 from bbfast.nn.depthwise_conv_bn_act import apply_depthwise_conv_bn_act
 from bbfast.nn.drop_path_add import DropPathAdd
 from bbfast.nn.global_response_norm import GlobalResponseNorm
-from bbfast.nn.linear_act import apply_linear_act, is_bare, only_runs
+from bbfast.nn.linear_act import apply_linear_act, only_runs
 from bbfast.nn.mlp import apply_mlp
 from bbfast.ops._common import is_channels_last
 
@@ -64,7 +64,7 @@ class ConvNeXtMlp(nn.Module):
             norm: what x goes through first.
         """
         fc1, fc2 = self._on_pixels(self.fc1), self._on_pixels(self.fc2)
-        if isinstance(self.grn, nn.Identity) and is_bare(self.grn):
+        if only_runs(self.grn, nn.Identity):
             return apply_mlp(norm, fc1, self.act, fc2, x, residual=residual, layer_scale=layer_scale)
         x = self.grn(apply_linear_act(fc1, x if norm is None else norm(x), act=self.act))
         return apply_linear_act(fc2, x, residual=residual, layer_scale=layer_scale)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from bbfast import ops
 from bbfast.reference.activation import activation
@@ -89,7 +91,20 @@ def activation_name(act: nn.Module | str) -> str | None:
 def is_bare(module: nn.Module) -> bool:
     """Whether calling it runs its class's forward and nothing else."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in module.__dict__
+    if any(hooks) or "forward" in module.__dict__ or has_global_hooks():
+        return False
+    # Dynamo makes no guard of `"forward" in module.__dict__`, and would miss one that comes after compiling.
+    return not torch.compiler.is_compiling() or inspect.ismethod(module.forward)
+
+
+def has_global_hooks() -> bool:
+    """Whether something is hung on the calls of all modules."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
 
 
 def only_runs(module: nn.Module, cls: type[nn.Module]) -> bool:

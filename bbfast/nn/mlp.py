@@ -90,9 +90,11 @@ def mlp_is_one_kernel(
     layer_scale: torch.Tensor | None = None,
 ) -> bool:
     """Whether `apply_mlp` of these is one kernel, norm included; torch.compile traces this."""
-    if not isinstance(x, torch.Tensor):  # torch.fx traces symbols
+    if not isinstance(x, torch.Tensor) or x.dim() < 2:  # torch.fx traces symbols
         return False
-    if activation_name(act) is None or not (norm is None or is_plain_layer_norm(norm)):
+    if activation_name(act) is None:
+        return False
+    if norm is not None and not (is_plain_layer_norm(norm) and norm.normalized_shape[0] == x.shape[-1]):
         return False
     first, second = lent_weight(fc1), lent_weight(fc2)
     if first is None or second is None or second.shape != first.shape[::-1]:

@@ -9,7 +9,7 @@ from torch import nn
 from bbfast import ops
 from bbfast.nn._arguments import check_int, check_probability
 from bbfast.nn._relative_position import resize_relative_position_bias_table
-from bbfast.nn.linear_act import apply_linear_act, is_bare
+from bbfast.nn.linear_act import apply_linear_act, only_runs
 from bbfast.ops._common import check_tensor, pair
 from bbfast.ops.window_attention import PAD_ORDERS, explain_plain_attention
 from bbfast.reference.window_attention import Windows, relative_position_index
@@ -198,10 +198,15 @@ class ShiftedWindowAttention(WindowAttention):
             y = self._forward_by_windows(x)
         else:
             y = self._fused(self.qkv(x), shift_size=self.shift_size, pad_order=self.pad_order)
-            if residual is not None and not (self.proj_drop.training and self.proj_drop.p) and is_bare(self.proj_drop):
+            if residual is not None and self._projection_is_all():
                 return apply_linear_act(self.proj, y, residual=residual)
             y = self.proj_drop(self.proj(y))
         return y if residual is None else residual + y
+
+    def _projection_is_all(self) -> bool:
+        """Whether nothing happens after `proj`."""
+        drop = self.proj_drop
+        return only_runs(drop, nn.Dropout) and not (drop.training and drop.p)
 
     def _forward_by_windows(self, x: torch.Tensor) -> torch.Tensor:
         # The op does not drop weights: cut, attend, put together.

@@ -239,12 +239,14 @@ def _output_length(axis: str, padded: int, kernel_size: int, stride: int, dilati
 
 def to_autocast_dtype(*tensors):
     """Casts to the autocast dtype where autocast is on for the first tensor's device, as torch's conv2d does."""
-    device_type = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
+    dtype = autocast_dtype(tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu")
+    return tensors if dtype is None else tuple(t.to(dtype) if _is_castable(t) else t for t in tensors)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts to on such devices; None where it is off."""
     available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
-    if not available or not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t.to(dtype) if _is_castable(t) else t for t in tensors)
+    return torch.get_autocast_dtype(device_type) if available and torch.is_autocast_enabled(device_type) else None
 
 
 def _is_castable(value) -> bool:

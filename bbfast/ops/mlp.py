@@ -44,7 +44,7 @@ def _check(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, norm_weight, norm_bias
     _common.check_channel_vectors(vectors, channels, x)
     dtypes = {"fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
     # Autocast leaves what the norm reads alone.
-    if norm_eps is None or not torch.is_autocast_enabled(x.device.type):
+    if norm_eps is None or _common.autocast_dtype(x.device.type) is None:
         dtypes["x"] = x
     for name, tensor in dtypes.items():
         if tensor is not None and tensor.dtype != fc1_weight.dtype:
@@ -82,12 +82,8 @@ def is_one_kernel(x, fc1_weight, *others: torch.Tensor | None) -> bool:
         return False
     if not (x.is_cuda or (x.is_cpu and env.TRITON_INTERPRET)):
         return False
-    return not _unsuitable_reasons(x, _layers_dtype(x, fc1_weight), fc1_weight.shape, *others)
-
-
-def _layers_dtype(x, fc1_weight) -> torch.dtype:
-    """The dtype of both products."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else fc1_weight.dtype
+    dtype = _common.autocast_dtype(x.device.type) or fc1_weight.dtype
+    return not _unsuitable_reasons(x, dtype, fc1_weight.shape, *others)
 
 
 def _unsuitable_reasons(x, dtype, fc1_shape, *others) -> list[str]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
+from bbfast.nn.linear_act import has_global_hooks
 from bbfast.swap import _fingerprint
 
 
@@ -93,7 +93,7 @@ def code_read() -> list[tuple[type[nn.Module], tuple[str, ...]]]:
 
 def can_lend(modules: Iterable[nn.Module | None]) -> bool:
     """Whether all of them may still be bypassed: what can change after a swap, asked in each call."""
-    if _has_global_hooks():
+    if has_global_hooks():
         return False
     waiting = [module for module in modules if module is not None]
     for module in waiting:  # grows by their inner modules
@@ -128,15 +128,6 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether anything hangs on the call of `module`."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def _has_global_hooks() -> bool:
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
     )
 
 
