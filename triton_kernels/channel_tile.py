@@ -129,9 +129,9 @@ def store_tile(ptr, value, place, sizes, strides, WALK: tl.constexpr):
 def zero_tile(WALK: tl.constexpr):
     """An fp32 accumulator in the shape of a tile."""
     if WALK.channels_last:
-        return tl.zeros((WALK.block_p, WALK.block_c), tl.float32)
+        return tl.full((WALK.block_p, WALK.block_c), 0.0, tl.float32)
     else:
-        return tl.zeros((WALK.block_c, WALK.block_p), tl.float32)
+        return tl.full((WALK.block_c, WALK.block_p), 0.0, tl.float32)
 
 
 @triton.jit
