@@ -16,6 +16,7 @@ import json
 import sys
 import textwrap
 import tokenize
+from collections.abc import Iterator
 from importlib import resources
 
 from torch import nn
@@ -39,12 +40,37 @@ def fingerprint_of_source(source: str) -> str:
     source = textwrap.dedent(source)
     docstring = _docstring_lines(source)
     words = []
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in _LAYOUT or (token.type == tokenize.STRING and token.start[0] in docstring):
+    for kind, text, line in _tokens(source):
+        if kind in _LAYOUT or (kind == tokenize.STRING and line in docstring):
             continue
         # An indent is a word of its own, whatever its width.
-        words.append(tokenize.tok_name[token.type] if not token.string.strip() else token.string)
+        words.append(text if text.strip() else tokenize.tok_name[kind])
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
+
+
+def _tokens(source: str) -> Iterator[tuple[int, str, int]]:
+    """(kind, text, first line) of each token, an f-string being one, as it was before Python 3.12 took them apart."""
+    lines = source.splitlines(keepends=True)
+    outermost, depth = None, 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        name = tokenize.tok_name[token.type]
+        if name in ("FSTRING_START", "TSTRING_START"):
+            outermost = token if depth == 0 else outermost
+            depth += 1
+        elif name in ("FSTRING_END", "TSTRING_END"):
+            depth -= 1
+            if depth == 0:
+                yield tokenize.STRING, _between(lines, outermost.start, token.end), outermost.start[0]
+        elif depth == 0:
+            yield token.type, token.string, token.start[0]
+
+
+def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
+    """The text from one place (line from 1, column from 0) to another."""
+    (first, left), (last, right) = start, end
+    if first == last:
+        return lines[first - 1][left:right]
+    return "".join([lines[first - 1][left:], *lines[first : last - 1], lines[last - 1][:right]])
 
 
 def _docstring_lines(source: str) -> range:
