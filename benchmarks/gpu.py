@@ -1,11 +1,12 @@
 """Builds, tests and measures bbfast on a machine with a GPU, without installing anything and without a network.
 
-    python3 benchmarks/gpu.py [--quick] [--minutes N] [--timm WHEEL] [--only 'models-*'] [--output FOLDER]
+    python3 benchmarks/gpu.py [--quick] [--minutes N] [--timm WHEEL] [--only 'models-*'] [--output FOLDER] [--built]
 
 Needs torch, setuptools, ninja and pytest in the Python that runs it; nvcc for the CUDA half; timm for whole models and
 pytest-benchmark for ops, which are skipped without. `BBFAST_COMMIT=HASH` tells the commit where there is no git. The
 package is built into build/gpu (`setup.py build`, since pip may be missing or forbidden to touch the system's Python)
-and everything runs from there, in the order of `gpu_plan.py`, until the time is over.
+and everything runs from there, in the order of `gpu_plan.py`, until the time is over. With `--built` what lies there
+is taken as it is: where minutes of a GPU count, build the same commit beforehand, for the same Python and torch.
 
 Each step writes its own log and results, and gpu.json is rewritten before and after every step, so that a run cut short
 keeps what it had. At the end, also of a run that was stopped, report.md is rendered. The exit status is 1 where a step
@@ -41,7 +42,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 REPORT_SECONDS = 40  # kept for importing torch before the first step, stopping the last one, and the report
 WORTH_STARTING_SECONDS = 10
+MOST_TESTS = 8  # at a time: they mostly compile, but each holds a CUDA context
 GRACE_SECONDS = 10  # for pytest to write its results when it is stopped
+IMPORT_EXTENSION = "import bbfast._C; print(bbfast._C.build_info())"
 PACKAGES = ("bbfast", "bbfast/triton_kernels", "bbfast/benchmarks")
 
 
@@ -58,12 +61,15 @@ def main() -> int:
     found = facts("cuda" if gpu else "cpu")
     folder = args.output or new_results_folder(found)
     folder.mkdir(parents=True, exist_ok=True)
-    processes = min(4, os.cpu_count() or 1) if importlib.util.find_spec("xdist") else 1
+    processes = min(MOST_TESTS, os.cpu_count() or 1) if importlib.util.find_spec("xdist") else 1
     planner = Planner(ROOT, BUILD, folder.resolve(), gpu, shutil.which("compute-sanitizer"), processes)
     steps = planner.steps(args.quick)
     steps = [step for step in steps if step.name == "build" or fnmatch.fnmatch(step.name, args.only)]
     run = Run(folder.resolve(), steps, found, 60 * (args.minutes or (3 if args.quick else 10)), args.timm)
-    shutil.rmtree(BUILD, ignore_errors=True)  # a module that was deleted must not live on in the copy
+    if args.built:
+        run.building, steps[0].command = False, [sys.executable, "-c", IMPORT_EXTENSION]
+    else:
+        shutil.rmtree(BUILD, ignore_errors=True)  # a module that was deleted must not live on in the copy
     try:
         run.all()
     except KeyboardInterrupt:
@@ -83,6 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--timm", type=Path, metavar="PATH", help="a wheel of timm, or a folder that holds the package")
     parser.add_argument("--only", default="*", metavar="WILDCARD", help="build, and the steps of these names")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: a new one under benchmarks/results")
+    parser.add_argument("--built", action="store_true", help="take the package in build/gpu instead of building it")
     parser.add_argument("--without-gpu", action="store_true", help="go on without a GPU, to try this script")
     args = parser.parse_args()
     if args.timm and not args.timm.exists():
@@ -108,6 +115,7 @@ class Run:
         self.content = {"facts": found, "minutes": round(seconds / 60, 2), "ended": None}
         self.start = time.monotonic()
         self.lacking: dict[str, str | None] = {}
+        self.building = True  # in the build step; else it looks whether what is there can be imported
         paths = [str(timm.resolve())] if timm else []
         commit = f"{found['commit']}{'-dirty' if found['dirty'] else ''}" if found["commit"] else None
         self.environment = {
@@ -177,7 +185,7 @@ class Run:
         """Runs a step's command, copying what it prints to the terminal and to its log."""
         step.log, step.outcome = f"{step.name}.log", "running"
         self.save()
-        building = step.name == "build"
+        building = step.name == "build" and self.building
         environment = {**(build_environment() if building else self.environment), **step.environment}
         start = time.monotonic()
         with open(self.folder / step.log, "w") as log, open(self.folder / step.log, errors="replace") as reader:

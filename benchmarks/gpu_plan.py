@@ -36,6 +36,8 @@ PROVIDERS = "eager,eager+sdpa,compile,compile+sdpa,bbfast,bbfast+compile,swapped
 QUICK_PROVIDERS = "eager,compile,bbfast"
 LONG_PROVIDERS = f"{PROVIDERS},compile reduce-overhead,compile max-autotune,swapped+compile"
 SECONDS_PER_PROVIDER = "1"
+# What is compiled beforehand, several at a time; modes that measure while they compile are not.
+COMPILED = tuple(name for name in PROVIDERS.split(",") if "compile" in name or name == "swapped")
 # What the tests marked gpu are cut down to where minutes count: a size of windows, two models, the copies.
 QUICK_TESTS = "32-7 or (test_evaluation and bfloat16-NHWC and (swin or mobilenetv3)) or test_window_partition"
 SANITIZED_TESTS = "test_kernels_at_real_sizes and 32-7"
@@ -102,17 +104,21 @@ class Planner:
         return list({step.name: step for step in steps}.values())
 
     def _quick(self) -> list[Step]:
+        compiled = self.compilation("infer", MODELS[:2], ("compile", "bbfast"), limit_s=60)
         models = [self.model(model, "infer", "128", "bf16", QUICK_PROVIDERS) for model in MODELS[:2]]
         ops = [self.op(op) for op in OPS[:2]]
         return [
             self.tests("gpu", "gpu and not slow", "-k", QUICK_TESTS, *self._gpu_tests(), limit_s=50, until=0.7),
+            compiled,
             *(step for pair in zip(models, ops) for step in pair),
         ]
 
     def _most_important(self) -> list[Step]:
         return [
             self.tests("gpu", "gpu and not slow", *self._gpu_tests(), limit_s=150, until=0.3),
+            self.compilation("infer", MODELS[:5], COMPILED, limit_s=150),
             *(self.model(model, "infer", "128", "bf16", PROVIDERS, until=0.6) for model in MODELS[:5]),
+            self.compilation("train", MODELS[:2], COMPILED, limit_s=120),
             *(self.model(model, "train", "128", "bf16", PROVIDERS, until=0.72) for model in MODELS[:2]),
             *(self.model(model, "infer", "1,32", "bf16", PROVIDERS, until=0.8) for model in MODELS[:2]),
             *(self.op(op) for op in OPS),
@@ -159,6 +165,15 @@ class Planner:
         command += ["--device", device, "--providers", providers, "--seconds", SECONDS_PER_PROVIDER]
         command += ["--json", str(self.folder / f"{name}.json")]
         return Step(name, command, limit_s * cases, until, ("timm",))
+
+    def compilation(self, mode: str, models: tuple[str, ...], providers: tuple[str, ...], limit_s: float) -> Step:
+        """Fills the compilers' caches, which no measurement does as quickly: it must not share the GPU."""
+        command = [sys.executable, "-m", "bbfast.benchmarks.warm_up", *models, "--mode", mode]
+        if self.gpu:
+            command += ["--providers", ",".join(providers)]
+        else:
+            command += ["--device", "cpu", "--batch", "1", "--dtype", "fp32", "--providers", "bbfast"]
+        return Step(f"compile-{mode}", command, limit_s, needs=("timm",))
 
     def op(self, op: str, until: float = 1.0) -> Step:
         command = [*self._pytest(), "-q", str(self.root / "benchmarks" / f"bench_{op}.py")]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from results_folders import FACTS
 
-from bbfast.benchmarks import facts, gpu
+from bbfast.benchmarks import facts, gpu, warm_up
 from bbfast.benchmarks.gpu_plan import MODELS, OPS, PROVIDERS, Planner, Step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +54,8 @@ def test_everything_is_planned_once_and_the_build_comes_first(tmp_path):
     for mode in ("infer", "train"):
         assert {f"models-{mode}-128-bf16-{model}" for model in MODELS} <= set(names)
     assert [name for name in names if name.startswith("ops-")][: len(OPS)] == [f"ops-{op}" for op in OPS]
+    for mode in ("infer", "train"):  # compiled together before the first one is measured
+        assert names.index(f"compile-{mode}") < names.index(f"models-{mode}-128-bf16-{MODELS[0]}")
 
 
 def test_no_benchmark_of_an_op_is_forgotten(tmp_path):
@@ -65,7 +67,7 @@ def test_no_benchmark_of_an_op_is_forgotten(tmp_path):
 def test_the_quick_plan_is_short(tmp_path):
     names = [step.name for step in planned(tmp_path, quick=True)]
     assert names == [
-        *("build", "info", "tests-gpu"),
+        *("build", "info", "tests-gpu", "compile-infer"),
         *(f"models-infer-128-bf16-{MODELS[0]}", f"ops-{OPS[0]}"),
         *(f"models-infer-128-bf16-{MODELS[1]}", f"ops-{OPS[1]}"),
     ]
@@ -80,6 +82,9 @@ def test_commands_name_their_files(tmp_path):
     assert small.command[small.command.index("--batch") + 1] == "1,32" and small.limit_s == 240
     assert model[-2:] == ["--json", str(tmp_path / "models-infer-128-bf16-resnet50.json")]
     assert f"--benchmark-json={tmp_path / 'ops-window_attention.json'}" in steps["ops-window_attention"].command
+    compiled = steps["compile-infer"].command
+    assert compiled[2] == "bbfast.benchmarks.warm_up" and set(MODELS[:5]) <= set(compiled)
+    assert "eager" not in compiled[-1].split(",") and "bbfast+compile" in compiled[-1].split(",")
     tests = steps["tests-gpu"].command
     assert tests[tests.index("-n") + 1] == "4" and str(ROOT / "tests" / "test_swap_gpu.py") in tests
     assert "-n" not in steps["ops-window_attention"].command  # benchmarks share the GPU with nobody
@@ -140,6 +145,26 @@ time.sleep(60)
     child = Path(f"/proc/{(run.folder / 'stubborn.log').read_text().strip()}/stat")
     time.sleep(0.2)
     assert not child.exists() or child.read_text().split()[2] == "Z"  # nobody may be there to reap it
+
+
+def test_what_is_built_already_is_looked_at_where_it_lies(new_run):
+    run = new_run(python("build", "import os; print(os.getcwd())"))
+    run.building = False
+    for package in gpu.PACKAGES:
+        (gpu.BUILD / package).mkdir(parents=True)
+        (gpu.BUILD / package / "__init__.py").touch()
+    run.all()
+    assert kept(run)[0]["outcome"] == "passed"
+    assert (run.folder / "build.log").read_text().strip() == str(gpu.BUILD)
+
+
+def test_compiling_together_tells_what_failed(capfd, monkeypatch):
+    small = ["--device", "cpu", "--batch", "1", "--dtype", "fp32"]
+    monkeypatch.setattr(sys, "argv", ["warm_up", "mobilenetv3_small_050", *small, "--providers", "bbfast,other"])
+    assert warm_up.main() == 0
+    good, bad = capfd.readouterr().out.splitlines()
+    assert good.endswith("mobilenetv3_small_050 infer bbfast")
+    assert "infer other: " in bad and "is not known; allowed: eager" in bad
 
 
 def test_without_time_steps_are_skipped(new_run):

@@ -205,6 +205,8 @@ def _registers(config: Tile, channels: int, capability: tuple[int, int]) -> int:
     spills = capability[0] == 12 and _cut(channels)[1] > 0
     if config.block_m <= 64 and config.num_warps <= 4 and not spills:
         return 168
+    if config.block_m * sum(_cut(channels)) > 64 * 32 * config.num_warps:
+        return 255  # the sums of y alone take more than half of what two programs of 8 warps would have
     return min(255, 1024 // config.num_warps)
 
 

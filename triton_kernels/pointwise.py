@@ -207,6 +207,13 @@ class Tile:
     def parts(self) -> int:
         return max(1, self.block_n // FINISHED_COLUMNS)
 
+    @property
+    def max_registers(self) -> int:
+        """Per thread. More than 64 sums leave room for one program of 8 warps, and ptxas refuses them in 128."""
+        if self.block_m * self.block_n > 64 * 32 * self.num_warps:
+            return 255
+        return min(MOST_REGISTERS, 1024 // self.num_warps)
+
 
 class Key(NamedTuple):
     """What a launch configuration depends on besides the GPU."""
@@ -363,7 +370,7 @@ def launch(
             PARTS=config.parts,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            maxnreg=min(MOST_REGISTERS, 1024 // config.num_warps),
+            maxnreg=config.max_registers,
         )
 
 

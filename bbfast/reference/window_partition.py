@@ -7,9 +7,14 @@ import torch.nn.functional as F
 
 Pair = tuple[int, int]
 
+# What torch.roll takes on every device, in the place of what it does not: for a copy only the bits count.
+_SAME_BITS = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
 
 def window_partition(x: torch.Tensor, window_size: Pair, shift_size: Pair, pad_order: str) -> torch.Tensor:
     """x [B, H, W, C] -> [B * windows, window rows * window columns, C], windows of an image in reading order."""
+    if (bits := _same_bits(x.dtype)) is not None:
+        return window_partition(x.view(bits), window_size, shift_size, pad_order).view(x.dtype)
     batch, height, width, channels = x.shape
     (rows, columns), (down, across) = window_size, count_windows((height, width), window_size)
     padding = (0, 0, 0, across * columns - width, 0, down * rows - height)
@@ -26,6 +31,8 @@ def window_reverse(
     windows: torch.Tensor, window_size: Pair, image_size: Pair, shift_size: Pair, pad_order: str
 ) -> torch.Tensor:
     """windows [B * windows, window rows * window columns, C] -> [B, H, W, C]; what was padding is cropped."""
+    if (bits := _same_bits(windows.dtype)) is not None:
+        return window_reverse(windows.view(bits), window_size, image_size, shift_size, pad_order).view(windows.dtype)
     channels = windows.shape[2]
     (height, width), (rows, columns) = image_size, window_size
     down, across = count_windows(image_size, window_size)
@@ -38,6 +45,11 @@ def window_reverse(
     if pad_order == "pad_then_shift":
         x = x[:, :height, :width]
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _same_bits(dtype: torch.dtype) -> torch.dtype | None:
+    """A dtype of as many bits that torch.roll takes everywhere, where `dtype` itself is not one."""
+    return torch.uint8 if dtype.is_floating_point and dtype.itemsize == 1 else _SAME_BITS.get(dtype)
 
 
 def count_windows(image_size: Pair, window_size: Pair) -> Pair:
