@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import bbfast
 from bbfast.data.packaged_weights import MODEL as DEFAULT_MODEL
@@ -113,6 +114,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         help="replay inference on a GPU from CUDA graphs; default auto: up to batch 16",
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="of the CPU; default: as many as torch takes")
+    parser.add_argument("--turns", type=Path, help=argparse.SUPPRESS)  # benchmarks/together.py alone says when
     parser.add_argument("--json", metavar="FILE", help="write everything there, after each case")
     parser.add_argument("--csv", metavar="FILE", help="write a line per provider and case")
     parser.add_argument("--plot", metavar="FILE", help="draw the speed-ups: .png, .pdf, .svg; needs matplotlib")

@@ -36,8 +36,9 @@ PROVIDERS = "eager,eager+sdpa,compile,compile+sdpa,bbfast,bbfast+compile,swapped
 QUICK_PROVIDERS = "eager,compile,bbfast"
 LONG_PROVIDERS = f"{PROVIDERS},compile reduce-overhead,compile max-autotune,swapped+compile"
 SECONDS_PER_PROVIDER = "1"
-# What is compiled beforehand, several at a time; modes that measure while they compile are not.
-COMPILED = tuple(name for name in PROVIDERS.split(",") if "compile" in name or name == "swapped")
+# Models that prepare at the same time; in training each keeps gigabytes of a GPU.
+INFER_TOGETHER, TRAIN_TOGETHER = 5, 3
+PREPARE_SECONDS = 150
 # What the tests marked gpu are cut down to where minutes count: a size of windows, two models, the copies.
 QUICK_TESTS = "32-7 or (test_evaluation and bfloat16-NHWC and (swin or mobilenetv3)) or test_window_partition"
 SANITIZED_TESTS = "test_kernels_at_real_sizes and 32-7"
@@ -104,22 +105,18 @@ class Planner:
         return list({step.name: step for step in steps}.values())
 
     def _quick(self) -> list[Step]:
-        compiled = self.compilation("infer", MODELS[:2], ("compile", "bbfast"), limit_s=60)
-        models = [self.model(model, "infer", "128", "bf16", QUICK_PROVIDERS) for model in MODELS[:2]]
         ops = [self.op(op) for op in OPS[:2]]
         return [
             self.tests("gpu", "gpu and not slow", "-k", QUICK_TESTS, *self._gpu_tests(), limit_s=50, until=0.7),
-            compiled,
-            *(step for pair in zip(models, ops) for step in pair),
+            self.together(MODELS[:2], "infer", QUICK_PROVIDERS),
+            *ops,
         ]
 
     def _most_important(self) -> list[Step]:
         return [
             self.tests("gpu", "gpu and not slow", *self._gpu_tests(), limit_s=150, until=0.3),
-            self.compilation("infer", MODELS[:5], COMPILED, limit_s=150),
-            *(self.model(model, "infer", "128", "bf16", PROVIDERS, until=0.6) for model in MODELS[:5]),
-            self.compilation("train", MODELS[:2], COMPILED, limit_s=120),
-            *(self.model(model, "train", "128", "bf16", PROVIDERS, until=0.72) for model in MODELS[:2]),
+            self.together(MODELS[:INFER_TOGETHER], "infer", until=0.6),
+            self.together(MODELS[:TRAIN_TOGETHER], "train", until=0.72),
             *(self.model(model, "infer", "1,32", "bf16", PROVIDERS, until=0.8) for model in MODELS[:2]),
             *(self.op(op) for op in OPS),
         ]
@@ -132,8 +129,9 @@ class Planner:
         )
         of_ops = [str(self.root / "tests" / f"test_{op}.py") for op in OPS]
         steps = [
-            *(self.model(model, "infer", "128", "bf16", PROVIDERS) for model in MODELS[5:]),
-            *(self.model(model, "train", "128", "bf16", PROVIDERS) for model in MODELS[2:]),
+            self.together(MODELS[INFER_TOGETHER:], "infer"),
+            self.together(MODELS[TRAIN_TOGETHER : 2 * TRAIN_TOGETHER], "train"),
+            self.together(MODELS[2 * TRAIN_TOGETHER :], "train"),
             self.tests("ops", "not gpu and not slow and not thorough", *of_ops, limit_s=900),
             *(self.op(op) for op in others),
             *(self.model(model, "infer", "128", "bf16", LONG_PROVIDERS, limit_s=600) for model in MODELS[:4]),
@@ -166,14 +164,18 @@ class Planner:
         command += ["--json", str(self.folder / f"{name}.json")]
         return Step(name, command, limit_s * cases, until, ("timm",))
 
-    def compilation(self, mode: str, models: tuple[str, ...], providers: tuple[str, ...], limit_s: float) -> Step:
-        """Fills the compilers' caches, which no measurement does as quickly: it must not share the GPU."""
-        command = [sys.executable, "-m", "bbfast.benchmarks.warm_up", *models, "--mode", mode]
-        if self.gpu:
-            command += ["--providers", ",".join(providers)]
-        else:
-            command += ["--device", "cpu", "--batch", "1", "--dtype", "fp32", "--providers", "bbfast"]
-        return Step(f"compile-{mode}", command, limit_s, needs=("timm",))
+    def together(
+        self, models: tuple[str, ...], mode: str, providers: str = PROVIDERS, until: float = 1.0, batch: str = "128"
+    ) -> Step:
+        """Several models at batch 128 in bf16: they compile at the same time and are measured in turns."""
+        device, dtype = "cuda", "bf16"
+        if not self.gpu:
+            device, batch, dtype, providers = "cpu", "1", "fp32", "eager,bbfast"
+        command = [sys.executable, "-m", "bbfast.benchmarks.together", *models, "--output", str(self.folder)]
+        command += ["--prefix", f"models-{mode}-{batch}-{dtype}-", "--prepare-seconds", str(PREPARE_SECONDS), "--"]
+        command += ["--mode", mode, "--batch", batch, "--dtype", dtype, "--device", device]
+        command += ["--providers", providers, "--seconds", SECONDS_PER_PROVIDER]
+        return Step(f"models-{mode}-{models[0]}", command, PREPARE_SECONDS + 30 * len(models), until, ("timm",))
 
     def op(self, op: str, until: float = 1.0) -> Step:
         command = [*self._pytest(), "-q", str(self.root / "benchmarks" / f"bench_{op}.py")]

@@ -21,11 +21,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from bbfast.benchmarks.judge import Judge, Values, WrongAnswerError
+from bbfast.benchmarks.turns import turn
 
 SAMPLE_MS = 10.0
 MAX_CALLS = 100
@@ -67,11 +69,13 @@ class Settings:
         rounds: how many; None goes on for `seconds` per provider, and at least `MIN_ROUNDS`.
         seconds: of wall-clock time per provider, unmeasured calls included.
         cuda_graphs: record each provider's call as a CUDA graph and replay that, on a GPU.
+        turns: the folder of processes that take turns in measuring; see `turns.py`.
     """
 
     rounds: int | None = None
     seconds: float = 5.0
     cuda_graphs: bool = False
+    turns: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -134,11 +138,12 @@ def measure(
             if contenders[0].failure is not None:
                 raise WrongAnswerError(f"not judged, because {contenders[0].name} failed")
             contender.prepare(judge, settings.cuda_graphs)
-    _run_rounds(contenders, settings, on_progress)
-    for contender in contenders:
-        if contender.failure is None:
-            with contender.excused():  # what was timed, such as a replayed graph, may differ from the first call
-                contender.check(judge)
+    with _own_turn(inputs[0], settings.turns):
+        _run_rounds(contenders, settings, on_progress)
+        for contender in contenders:
+            if contender.failure is None:
+                with contender.excused():  # what was timed, such as a replayed graph, may differ from the first call
+                    contender.check(judge)
     return [contender.row(contenders[0], len(inputs[0])) for contender in contenders]
 
 
@@ -226,6 +231,16 @@ class _Contender:
             rounds=len(self.samples_ms),
             notes=self.notes,
         )
+
+
+def _own_turn(x: torch.Tensor, folder: Path | None) -> contextlib.AbstractContextManager:
+    """What to measure in: where others wait for the GPU, too, one's turn, until which it has no memory to spare."""
+    if folder is None:
+        return contextlib.nullcontext()
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+        torch.cuda.empty_cache()
+    return turn(folder)
 
 
 def _run_rounds(contenders: list[_Contender], settings: Settings, on_progress: Callable) -> None:

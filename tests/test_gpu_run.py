@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from results_folders import FACTS
 
-from bbfast.benchmarks import facts, gpu, warm_up
+from bbfast.benchmarks import facts, gpu, together, turns
 from bbfast.benchmarks.gpu_plan import MODELS, OPS, PROVIDERS, Planner, Step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,14 +48,13 @@ def test_everything_is_planned_once_and_the_build_comes_first(tmp_path):
     names = [step.name for step in planned(tmp_path)]
     assert names[:3] == ["build", "info", "tests-gpu"] and names[-1] == "sanitizer"
     assert len(names) == len(set(names))
-    assert [name for name in names if name.startswith("models-")][:2] == [
-        f"models-infer-128-bf16-{model}" for model in MODELS[:2]
-    ]
+    models = [name for name in names if name.startswith("models-")]
+    assert models[:2] == [f"models-infer-{MODELS[0]}", f"models-train-{MODELS[0]}"]
     for mode in ("infer", "train"):
-        assert {f"models-{mode}-128-bf16-{model}" for model in MODELS} <= set(names)
+        together = [step.command for step in planned(tmp_path) if step.name.startswith(f"models-{mode}-")]
+        together = [command for command in together if command[2] == "bbfast.benchmarks.together"]
+        assert [word for command in together for word in command if word in MODELS] == list(MODELS)
     assert [name for name in names if name.startswith("ops-")][: len(OPS)] == [f"ops-{op}" for op in OPS]
-    for mode in ("infer", "train"):  # compiled together before the first one is measured
-        assert names.index(f"compile-{mode}") < names.index(f"models-{mode}-128-bf16-{MODELS[0]}")
 
 
 def test_no_benchmark_of_an_op_is_forgotten(tmp_path):
@@ -67,24 +66,22 @@ def test_no_benchmark_of_an_op_is_forgotten(tmp_path):
 def test_the_quick_plan_is_short(tmp_path):
     names = [step.name for step in planned(tmp_path, quick=True)]
     assert names == [
-        *("build", "info", "tests-gpu", "compile-infer"),
-        *(f"models-infer-128-bf16-{MODELS[0]}", f"ops-{OPS[0]}"),
-        *(f"models-infer-128-bf16-{MODELS[1]}", f"ops-{OPS[1]}"),
+        *("build", "info", "tests-gpu"),
+        *(f"models-infer-{MODELS[0]}", f"ops-{OPS[0]}", f"ops-{OPS[1]}"),
     ]
 
 
 def test_commands_name_their_files(tmp_path):
     steps = {step.name: step for step in planned(tmp_path, processes=4)}
-    model = steps["models-infer-128-bf16-resnet50"].command
-    assert model[1:5] == ["-m", "bbfast", "bench", "resnet50"]
-    assert model[model.index("--providers") + 1] == PROVIDERS
+    together = steps[f"models-infer-{MODELS[0]}"].command
+    assert together[1:8] == ["-m", "bbfast.benchmarks.together", *MODELS[:5]]
+    assert together[together.index("--prefix") + 1] == "models-infer-128-bf16-"
+    assert together[together.index("--providers") + 1] == PROVIDERS
     small = steps["models-infer-1-32-bf16-resnet50"]
+    assert small.command[1:5] == ["-m", "bbfast", "bench", "resnet50"]
     assert small.command[small.command.index("--batch") + 1] == "1,32" and small.limit_s == 240
-    assert model[-2:] == ["--json", str(tmp_path / "models-infer-128-bf16-resnet50.json")]
+    assert small.command[-2:] == ["--json", str(tmp_path / "models-infer-1-32-bf16-resnet50.json")]
     assert f"--benchmark-json={tmp_path / 'ops-window_attention.json'}" in steps["ops-window_attention"].command
-    compiled = steps["compile-infer"].command
-    assert compiled[2] == "bbfast.benchmarks.warm_up" and set(MODELS[:5]) <= set(compiled)
-    assert "eager" not in compiled[-1].split(",") and "bbfast+compile" in compiled[-1].split(",")
     tests = steps["tests-gpu"].command
     assert tests[tests.index("-n") + 1] == "4" and str(ROOT / "tests" / "test_swap_gpu.py") in tests
     assert "-n" not in steps["ops-window_attention"].command  # benchmarks share the GPU with nobody
@@ -158,13 +155,41 @@ def test_what_is_built_already_is_looked_at_where_it_lies(new_run):
     assert (run.folder / "build.log").read_text().strip() == str(gpu.BUILD)
 
 
-def test_compiling_together_tells_what_failed(capfd, monkeypatch):
-    small = ["--device", "cpu", "--batch", "1", "--dtype", "fp32"]
-    monkeypatch.setattr(sys, "argv", ["warm_up", "mobilenetv3_small_050", *small, "--providers", "bbfast,other"])
-    assert warm_up.main() == 0
-    good, bad = capfd.readouterr().out.splitlines()
-    assert good.endswith("mobilenetv3_small_050 infer bbfast")
-    assert "infer other: " in bad and "is not known; allowed: eager" in bad
+def test_models_are_measured_in_turns(tmp_path, monkeypatch, capfd):
+    names = ["mobilenetv3_small_050", "no_such_model", "mobilenetv3_small_075"]
+    options = ["--device", "cpu", "--batch", "1", "--dtype", "fp32", "--providers", "eager,bbfast", "--rounds", "1"]
+    command = ["together", *names, "--output", str(tmp_path), "--prefix", "m-", "--prepare-seconds", "120", "--"]
+    monkeypatch.setattr(sys, "argv", command + options)
+    assert together.main() == 1
+    told = capfd.readouterr()
+    assert "no_such_model ended early" in told.out and told.err == "no_such_model failed\n"
+    assert "timm has no 'no_such_model'" in told.out
+    for name in (names[0], names[2]):
+        (result,) = json.loads((tmp_path / f"m-{name}.json").read_text())["results"]
+        assert result["model"] == name and [row["failure"] for row in result["rows"]] == [None, None]
+        assert f"{name} is ready" in told.out
+
+
+def test_nobody_starts_before_the_word_and_turns_do_not_overlap(tmp_path):
+    code = """
+import sys, time
+from pathlib import Path
+from bbfast.benchmarks.turns import turn
+with turn(Path(sys.argv[1])):
+    print(time.monotonic(), flush=True)
+    time.sleep(0.5)
+    print(time.monotonic(), flush=True)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    while not all(turns.is_ready(tmp_path, process.pid) for process in processes):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    word = time.monotonic()
+    (tmp_path / turns.GO).touch()
+    spans = sorted([float(line) for line in process.communicate()[0].split()] for process in processes)
+    times = [moment for span in spans for moment in span]
+    assert times == sorted(times) and times[0] > word
 
 
 def test_without_time_steps_are_skipped(new_run):

@@ -368,7 +368,7 @@ def _pack(problem, bias, bn_weight, bn_bias, mean, spread, eps, spread_kind):
     """[kh * kw + 4, packed_stride] fp32 rows: taps in (T, S) order, scale, shift, centre, invstd."""
     weight, (kernel_t, kernel_s) = problem.weight, problem.ts(problem.kernel)
     packed = weight.new_empty((kernel_t * kernel_s + AFFINE_ROWS, problem.packed_stride), dtype=torch.float32)
-    _pack_kernel[(problem.packed_stride // PACKED_CHANNELS,)](
+    _pack_kernel[(problem.packed_stride // PACKED_CHANNELS, kernel_t)](
         weight,
         bias,
         bn_weight,

@@ -165,8 +165,8 @@ def _accumulate_tap(accumulators, INDEX: tl.constexpr, value, gradients, POSITIO
 # ---- parameters ------------------------------------------------------------------------------------------
 
 
-# One program packs BLOCK_C channels: it reads each parameter once and writes (KERNEL_T * KERNEL_S + 4) fp32 rows.
-# SPREAD says what `spread_ptr` holds: "var", "invstd", or "none" where there is no BatchNorm.
+# A program packs one kernel row of BLOCK_C channels, taps that lie far apart in memory, and the four affine rows, as
+# all programs of these channels do. SPREAD says what `spread_ptr` holds: "var", "invstd", or "none", no BatchNorm.
 @triton.jit
 def _pack_kernel(
     weight_ptr,
@@ -189,11 +189,11 @@ def _pack_kernel(
 ):
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = offs_c < channels
-    for kernel_t in tl.static_range(KERNEL_T):
-        for kernel_s in tl.static_range(KERNEL_S):
-            tap_ptr = weight_ptr + offs_c.to(tl.int64) * stride_wc + kernel_t * stride_wt + kernel_s * stride_ws
-            tap = tl.load(tap_ptr, mask=mask, other=0.0).to(tl.float32)
-            tl.store(packed_ptr + (kernel_t * KERNEL_S + kernel_s) * packed_stride + offs_c, tap)
+    kernel_t = tl.program_id(1)
+    for kernel_s in tl.static_range(KERNEL_S):
+        tap_ptr = weight_ptr + offs_c.to(tl.int64) * stride_wc + kernel_t * stride_wt + kernel_s * stride_ws
+        tap = tl.load(tap_ptr, mask=mask, other=0.0).to(tl.float32)
+        tl.store(packed_ptr + (kernel_t * KERNEL_S + kernel_s) * packed_stride + offs_c, tap)
 
     zero = tl.zeros((BLOCK_C,), tl.float32)
     centre = zero

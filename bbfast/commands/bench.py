@@ -57,7 +57,7 @@ def run(args: Namespace) -> int:
     results = []
     for case in cases:
         graphs = models.wants_graphs(case, args.cuda_graphs, device)
-        settings = models.Settings(args.rounds, args.seconds, graphs)
+        settings = models.Settings(args.rounds, args.seconds, graphs, args.turns)
         providers = [name for name in wanted if name not in left_out[case.model]]
         results.append(_measure(case, models, providers, device, settings))
         _print_result(console, case, results[-1])
@@ -121,6 +121,8 @@ def _check(args: Namespace, models) -> None:
         for value in given or ():
             if value not in allowed:
                 raise CommandError(f"{option}: {value!r} is not known; allowed: {', '.join(allowed)}")
+    if args.turns and len(args.models) > 1:
+        raise CommandError("--turns: is for one model; every other one has a process of its own")
     for name in args.models:
         if not models.timm.is_model(name):
             close = difflib.get_close_matches(name, models.timm.list_models(), 3, 0.6)

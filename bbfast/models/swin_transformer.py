@@ -21,6 +21,7 @@ from bbfast.models._pretrained import PretrainedCfg
 from bbfast.models._registry import register_model_deprecations
 from bbfast.models._swin_weights import adapt_state_dict, resample_patch_embed
 from bbfast.nn._arguments import check_bool, check_int, check_ints, check_probability
+from bbfast.nn.add_layer_norm import apply_layer_norm
 from bbfast.nn.swin_block import SwinBlock
 from bbfast.nn.window_attention import WindowAttention
 from bbfast.ops._common import overridable, pair
@@ -86,7 +87,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = _checked_images(x, self.proj.in_channels, self.patch_size, self.img_size if self.strict_img_size else None)
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return apply_layer_norm(self.norm, self.proj(x).permute(0, 2, 3, 1))
 
 
 @overridable
@@ -129,7 +130,8 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, H, W, dim]` to `[B, ceil(H / 2), ceil(W / 2), out_dim]`."""
-        return self.reduction(self.norm(_squares_when_compiled(x) if torch.compiler.is_compiling() else _squares(x)))
+        squares = _squares_when_compiled(x) if torch.compiler.is_compiling() else _squares(x)
+        return self.reduction(apply_layer_norm(self.norm, squares))
 
 
 @overridable
@@ -374,10 +376,10 @@ class SwinTransformer(Backbone):
             self.norm = nn.Identity()
 
     def _finish(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x)
+        return apply_layer_norm(self.norm, x)
 
     def _norm_last_map(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x)
+        return apply_layer_norm(self.norm, x)
 
     def _as_nchw(self, x: torch.Tensor) -> torch.Tensor:
         return x.permute(0, 3, 1, 2).contiguous()

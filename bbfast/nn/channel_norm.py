@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bbfast.ops import add_layer_norm
 from bbfast.ops._common import overridable
+from bbfast.ops.add_layer_norm import takes_layer_norm
 
 
 @overridable
@@ -67,6 +69,12 @@ class _OfNchw:
 
 class LayerNorm2d(_OfNchw, LayerNorm):
     """`LayerNorm` over the channels of `[N, C, H, W]`; the result is channels_last."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.permute(0, 2, 3, 1)
+        if takes_layer_norm(x, self.normalized_shape[0]) and not torch.compiler.is_compiling():
+            return add_layer_norm(x, None, self.weight, self.bias, eps=self.eps)[1].permute(0, 3, 1, 2)
+        return nn.LayerNorm.forward(self, x).permute(0, 3, 1, 2)
 
 
 class RmsNorm2d(_OfNchw, RmsNorm):

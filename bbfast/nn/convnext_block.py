@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bbfast.nn._arguments import check_bool, check_int, check_positive, check_probability
+from bbfast.nn.add_layer_norm import apply_layer_norm
 from bbfast.nn.channel_norm import LayerNorm
 from bbfast.nn.depthwise_conv_bn_act import apply_depthwise_conv_bn_act
 from bbfast.nn.drop_path_add import DropPathAdd
@@ -66,7 +67,7 @@ class ConvNeXtMlp(nn.Module):
         fc1, fc2 = self._on_pixels(self.fc1), self._on_pixels(self.fc2)
         if only_runs(self.grn, nn.Identity):
             return apply_mlp(norm, fc1, self.act, fc2, x, residual=residual, layer_scale=layer_scale)
-        x = self.grn(apply_linear_act(fc1, x if norm is None else norm(x), act=self.act))
+        x = self.grn(apply_linear_act(fc1, x if norm is None else apply_layer_norm(norm, x), act=self.act))
         return apply_linear_act(fc2, x, residual=residual, layer_scale=layer_scale)
 
     def _on_pixels(self, layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -141,4 +142,4 @@ class ConvNeXtBlock(nn.Module):
         # Symbolic tracing knows no layouts.
         if not drops and only_runs(self.mlp, ConvNeXtMlp) and isinstance(x, torch.Tensor) and is_channels_last(x):
             return self.mlp(branch, x.permute(0, 2, 3, 1), self.gamma, self.norm).permute(0, 3, 1, 2)
-        return self.drop_path(x, self.mlp(self.norm(branch)).permute(0, 3, 1, 2), self.gamma)
+        return self.drop_path(x, self.mlp(apply_layer_norm(self.norm, branch)).permute(0, 3, 1, 2), self.gamma)

@@ -10,7 +10,8 @@ from torch import nn
 
 from bbfast import ops
 from bbfast.nn._arguments import check_probability
-from bbfast.nn.linear_act import activation_name, apply_linear_act, lent_weight, only_runs
+from bbfast.nn.add_layer_norm import apply_layer_norm, is_plain_layer_norm
+from bbfast.nn.linear_act import activation_name, apply_linear_act, lent_weight
 from bbfast.ops.mlp import is_one_kernel
 
 
@@ -76,7 +77,7 @@ def apply_mlp(
             residual=residual,
             **vectors,
         )
-    hidden = apply_linear_act(fc1, x if norm is None else norm(x), act=act)
+    hidden = apply_linear_act(fc1, x if norm is None else apply_layer_norm(norm, x), act=act)
     return apply_linear_act(fc2, hidden, residual=residual, layer_scale=layer_scale)
 
 
@@ -101,8 +102,3 @@ def mlp_is_one_kernel(
         return False
     others = () if norm is None else (norm.weight, norm.bias)
     return is_one_kernel(x, first, second, fc1.bias, fc2.bias, *others, residual, layer_scale)
-
-
-def is_plain_layer_norm(norm: nn.Module) -> bool:
-    """Whether it does nothing but nn.LayerNorm over the last axis."""
-    return only_runs(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bbfast.nn._arguments import check_bool, check_positive, check_probability
-from bbfast.nn.add_layer_norm import apply_add_layer_norm
+from bbfast.nn.add_layer_norm import apply_add_layer_norm, apply_layer_norm
 from bbfast.nn.drop_path_add import DropPathAdd
 from bbfast.nn.linear_act import only_runs
 from bbfast.nn.mlp import Mlp, mlp_is_one_kernel
@@ -111,9 +111,9 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._ends_in_one_kernel(x):
-            x = self.attn(self.norm1(x), residual=x)
+            x = self.attn(apply_layer_norm(self.norm1, x), residual=x)
             return self.mlp(x, residual=x, norm=self.norm2)
-        branch = self.attn(self.norm1(x))
+        branch = self.attn(apply_layer_norm(self.norm1, x))
         if isinstance(self.norm2, nn.LayerNorm):
             x, normalised = apply_add_layer_norm(self.norm2, self.drop_path1, x, branch)
         else:

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from bbfast import dispatch
+from bbfast import dispatch, env
 from bbfast.ops import _common
 from bbfast.ops._drop_path import check_branch, check_drop, check_vector, sample_multiplier, scaled_dtype
 from bbfast.reference.add_layer_norm import add_layer_norm as reference
@@ -135,6 +135,17 @@ def _as_new(x, dtype, *others):
 
 _FORWARD_KERNELS = (dispatch.Backend("triton", _forward_unsupported_reasons, _forward_triton),)
 _BACKWARD_KERNELS = (dispatch.Backend("triton", _backward_unsupported_reasons, _backward_triton),)
+
+
+def takes_layer_norm(x: torch.Tensor, channels: int) -> bool:
+    """Whether a kernel takes LayerNorm over the `channels` of x `[N, ..., C]` alone, as far as x can tell."""
+    return (
+        isinstance(x, torch.Tensor)  # torch.fx traces symbols
+        and (x.is_cuda or (x.is_cpu and env.TRITON_INTERPRET))
+        and x.dim() >= 2
+        and x.shape[-1] == channels <= MOST_CHANNELS
+        and x.dtype in _common.KERNEL_DTYPES
+    )
 
 
 # ---- torch.library: what does not exist or is not wanted is an empty tensor ---------------------------------
