@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bbfast.nn
 from bbfast import dispatch
+from bbfast.nn.add_layer_norm import apply_layer_norm
 from bbfast.ops import add_layer_norm
 
 NAMES = ("residual", "branch", "layer_scale", "weight", "bias")
@@ -545,6 +546,33 @@ def test_apply_lends_parameters(device, monkeypatch):
     assert torch.equal(total, residual)
     normalised.sum().backward()
     assert norm.weight.grad is not None and norm.bias.grad is not None
+
+
+@pytest.mark.parametrize("of_maps", [False, True], ids=["last axis", "NCHW"])
+def test_a_norm_without_a_sum_runs_on_the_kernel(of_maps, device, monkeypatch):
+    """As in models: `LayerNorm2d` by itself, and whatever plain LayerNorm a block hands on."""
+    x = torch.randn(2, 5, 3, 24, device=device)
+    use_kernels(monkeypatch, x)
+    norm = (bbfast.nn.LayerNorm2d(24) if of_maps else torch.nn.LayerNorm(24)).to(device)
+    torch.nn.init.uniform_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    y = norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if of_maps else apply_layer_norm(norm, x)
+    assert dispatch.last_choices()["add_layer_norm"].backend == "triton"
+    weight, bias = norm.weight.double(), norm.bias.double()
+    exact = F.layer_norm(x.double(), (24,), weight, bias, norm.eps)
+    assert_within_rule("y", y, exact, F.layer_norm(x, (24,), norm.weight, norm.bias, norm.eps))
+
+
+def test_norms_that_are_more_than_layer_norm_are_called(device):
+    x = torch.randn(2, 3, 8, device=device)
+    hooked, other = torch.nn.LayerNorm(8, device=device), torch.nn.LayerNorm(2, device=device)
+    hooked.register_forward_hook(lambda module, args, output: output + 1)
+    torch.testing.assert_close(apply_layer_norm(hooked, x), F.layer_norm(x, (8,)) + 1)
+    assert apply_layer_norm(torch.nn.Identity(), x) is x
+    several = torch.nn.LayerNorm((3, 8), device=device)
+    torch.testing.assert_close(apply_layer_norm(several, x), several(x))
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        apply_layer_norm(other, x)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from bbfast.reference.conv_bn_act import conv_bn_act as reference
 pytest.importorskip("triton")
 
 from bbfast.triton_kernels import linear_act as linear_kernels
-from bbfast.triton_kernels import pointwise
+from bbfast.triton_kernels import pointwise, tuned
 from bbfast.triton_kernels.pointwise_sizes import pays
 
 HALF = torch.float16
@@ -87,6 +87,17 @@ def test_convolution(shape, has_bn, has_residual, has_gate, kernels, device):
     expect(y, x, weight, bias, bn, residual, stride, act, gate, act)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert dispatch.last_choices()["conv_bn_act"].backend == "triton"
+
+
+@pytest.mark.parametrize("tile", [pointwise.Tile(64, 64, 16, 4, 2), pointwise.Tile(64, 64, 16, 1, 2)], ids=str)
+def test_the_residual_is_read_before_and_behind_the_product(tile, kernels, device):
+    """Two groups of columns, of which the second has a tail."""
+    assert tile.reads_ahead == (tile.num_warps == 4) and tile.parts == 2
+    x, weight, bn = maps(2, 24, 7, 9, device=device), torch.randn(56, 24, 1, 1).to(device, HALF), batch_norm(56, device)
+    residual = maps(2, 56, 7, 9, device=device)
+    with tuned.intercepting(lambda tunable, key, heuristic: tile):
+        y = conv_bn_act(x, weight, *bn, eps=1e-3, residual=residual)
+    expect(y, x, weight, None, bn, residual, (1, 1), "relu", None)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)

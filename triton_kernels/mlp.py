@@ -156,9 +156,9 @@ def _mlp_kernel(
 
     outputs = (y_ptr, residual_ptr, first_row, rows, channels, stride_r)
     vectors = (fc2_bias_ptr, None, None, None, None, layer_scale_ptr)
-    finish_parts(y_left, 0, outputs, vectors, eps, "identity", True, UNIT, LEFT_PARTS)
+    finish_parts(y_left, 0, outputs, (), vectors, eps, "identity", True, UNIT, LEFT_PARTS)
     if RIGHT > 0:
-        finish_parts(y_right, LEFT, outputs, vectors, eps, "identity", True, UNIT, RIGHT_PARTS)
+        finish_parts(y_right, LEFT, outputs, (), vectors, eps, "identity", True, UNIT, RIGHT_PARTS)
 
 
 # ---- launches --------------------------------------------------------------------------------------------

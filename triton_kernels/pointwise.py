@@ -58,9 +58,22 @@ def _per_column(ptr, column, column_ok, default):
 
 
 @triton.jit
-def _finish(sums, first_column, outputs, vectors, eps, ACT: tl.constexpr, ACT_FIRST: tl.constexpr, UNIT: tl.constexpr):
+def _residual_tile(outputs, first_column, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr):
+    """[BLOCK_M, COLUMNS] of the residual, in its own dtype."""
+    _y_ptr, residual_ptr, first_row, rows, columns, stride_r = outputs
+    row = tl.arange(0, BLOCK_M)
+    column = first_column + tl.arange(0, COLUMNS)
+    mask = (row < rows - first_row)[:, None] & (column < columns)[None, :]
+    pointers = residual_ptr + ((first_row + row) * stride_r * UNIT)[:, None] + column[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _finish(
+    sums, first_column, outputs, ahead, vectors, eps, ACT: tl.constexpr, ACT_FIRST: tl.constexpr, UNIT: tl.constexpr
+):
     """All that follows the product, for the columns of `sums` [BLOCK_M, columns], and the store."""
-    y_ptr, residual_ptr, first_row, rows, columns, stride_r = outputs
+    y_ptr, residual_ptr, first_row, rows, columns, _stride_r = outputs
     bias_ptr, bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, layer_scale_ptr = vectors
     row = tl.arange(0, sums.shape[0])
     column = first_column + tl.arange(0, sums.shape[1])
@@ -82,8 +95,10 @@ def _finish(sums, first_column, outputs, vectors, eps, ACT: tl.constexpr, ACT_FI
     if layer_scale_ptr is not None:
         y *= _per_column(layer_scale_ptr, column, column_ok, 1.0)
     if residual_ptr is not None:
-        residual_ptrs = residual_ptr + ((first_row + row) * stride_r * UNIT)[:, None] + column[None, :]
-        y += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if len(ahead) > 0:
+            y += ahead[0].to(tl.float32)
+        else:
+            y += _residual_tile(outputs, first_column, sums.shape[0], sums.shape[1], UNIT).to(tl.float32)
     if not ACT_FIRST:
         y = activation_for(y, ACT, DTYPE)
     y_ptrs = y_ptr + ((first_row + row) * columns)[:, None] + column[None, :]
@@ -95,6 +110,7 @@ def finish_parts(
     sums,
     first_column,
     outputs,
+    ahead,
     vectors,
     eps,
     ACT: tl.constexpr,
@@ -102,14 +118,15 @@ def finish_parts(
     UNIT: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """`_finish` on PARTS groups of columns, one after the other."""
+    """`_finish` on PARTS groups of columns, one after the other; `ahead` holds the groups' residuals, or nothing."""
     if PARTS == 1:
-        _finish(sums, first_column, outputs, vectors, eps, ACT, ACT_FIRST, UNIT)
+        _finish(sums, first_column, outputs, ahead, vectors, eps, ACT, ACT_FIRST, UNIT)
     else:
         HALF: tl.constexpr = sums.shape[1] // 2
         left, right = tl.split(tl.permute(tl.reshape(sums, (sums.shape[0], 2, HALF)), (0, 2, 1)))
-        finish_parts(left, first_column, outputs, vectors, eps, ACT, ACT_FIRST, UNIT, PARTS // 2)
-        finish_parts(right, first_column + HALF, outputs, vectors, eps, ACT, ACT_FIRST, UNIT, PARTS // 2)
+        for_left, for_right = ahead[: PARTS // 2], ahead[PARTS // 2 :]
+        finish_parts(left, first_column, outputs, for_left, vectors, eps, ACT, ACT_FIRST, UNIT, PARTS // 2)
+        finish_parts(right, first_column + HALF, outputs, for_right, vectors, eps, ACT, ACT_FIRST, UNIT, PARTS // 2)
 
 
 # Tile: BLOCK_M rows x BLOCK_N columns, one per program; tiles of the same rows are neighbours, so that all but the
@@ -147,6 +164,7 @@ def _pointwise_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     # Sizes and strides come in units, so that the compiler knows by how much they can be divided.
     summed, columns = k_units * UNIT, n_units * UNIT
@@ -172,7 +190,13 @@ def _pointwise_kernel(
         sample = (first_row + row).to(tl.int32) // sample_rows
         gate_ptrs = gate_ptr + (sample.to(tl.int64) * summed)[:, None] + k[None, :]
 
+    outputs = (y_ptr, residual_ptr, first_row, rows, columns, stride_r)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    ahead = ()
+    if AHEAD:
+        COLUMNS: tl.constexpr = BLOCK_N // PARTS
+        for part in tl.static_range(PARTS):
+            ahead = ahead + (_residual_tile(outputs, first_column + part * COLUMNS, BLOCK_M, COLUMNS, UNIT),)
     for first_k in range(0, summed, BLOCK_K):
         k_ok = k < summed - first_k
         x = tl.load(x_ptrs, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
@@ -185,9 +209,8 @@ def _pointwise_kernel(
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
 
-    outputs = (y_ptr, residual_ptr, first_row, rows, columns, stride_r)
     vectors = (bias_ptr, bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, layer_scale_ptr)
-    finish_parts(sums, first_column, outputs, vectors, eps, ACT, ACT_FIRST, UNIT, PARTS)
+    finish_parts(sums, first_column, outputs, ahead, vectors, eps, ACT, ACT_FIRST, UNIT, PARTS)
 
 
 # ---- launches --------------------------------------------------------------------------------------------
@@ -206,6 +229,12 @@ class Tile:
     @property
     def parts(self) -> int:
         return max(1, self.block_n // FINISHED_COLUMNS)
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether registers can hold the residual while x is multiplied: it then arrives when the sums are done."""
+        sums = self.block_m * self.block_n // (32 * self.num_warps)
+        return sums <= (64 if self.num_warps <= 4 else 32)
 
     @property
     def max_registers(self) -> int:
@@ -368,6 +397,7 @@ def launch(
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             PARTS=config.parts,
+            AHEAD=residual is not None and config.reads_ahead,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             maxnreg=config.max_registers,
