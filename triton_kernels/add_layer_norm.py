@@ -29,6 +29,7 @@ from .batch_statistics import sum_partials
 from .channel_tile import multiprocessors
 from .integers import cdiv, is_power_of_2, next_power_of_2
 from .layout import dense, spaced_rows
+from .replay import launch_kernel, remembers
 
 MOST_CHANNELS = 2048
 
@@ -249,13 +250,17 @@ class RowTile:
 
 
 def row_tile(channels: int, unit: int, reducing: bool, scaled: bool) -> RowTile:
-    """2048 elements by 4 warps, fewer where registers hold more than values: more would spill.
+    """512 elements by a warp, in programs of one row where it is as long; fewer where registers hold more than values.
 
-    Half of them where elements are loaded one by one, or where sums (`reducing`) or a layer scale (`scaled`) live
-    beside the values; a quarter where many short rows are summed.
+    Short programs read the next row while another one sums: on an H200 rows of 384 and 768 channels took 13 to 20% less
+    than in programs of 4 warps. Those stay where elements are loaded one by one, or where sums (`reducing`) or a layer
+    scale (`scaled`) live beside the values: half as many elements there, a quarter where many short rows are summed.
     """
     block_c = next_power_of_2(channels)
-    elements = 2048 if unit >= 4 and not (reducing or scaled) else 1024
+    if unit >= 4 and not (reducing or scaled):
+        num_warps = min(4, max(1, block_c // 512))
+        return RowTile(max(1, 512 // block_c), block_c, num_warps, ELEMENTWISE_PROGRAMS * 4 // num_warps)
+    elements = 1024
     if reducing and block_c <= 32:
         elements = 512
     num_warps = 8 if reducing and block_c > 1024 else 4
@@ -303,6 +308,7 @@ def _objection(key: Key, config: RowTile) -> str | None:
 TUNABLE = tuned.Tunable("add_layer_norm", Key, RowTile, _neighbours, _objection)
 
 
+@remembers
 def forward(
     residual: torch.Tensor,
     branch: torch.Tensor | None,
@@ -338,7 +344,9 @@ def forward(
         mean, rstd = (residual.new_empty(residual.shape[:-1], dtype=torch.float32) for _ in range(2))
     walk = _Walk("forward", residual, (residual, branch), reducing=False, scaled=layer_scale is not None)
     with torch.cuda.device(norm.device) if norm.is_cuda else nullcontext():
-        _add_layer_norm_forward_kernel[(walk.programs,)](
+        launch_kernel(
+            _add_layer_norm_forward_kernel,
+            (walk.programs,),
             *walk.tensors,
             total,
             norm,
@@ -353,6 +361,7 @@ def forward(
     return total, norm, mean, rstd
 
 
+@remembers
 def backward(
     total: torch.Tensor,
     grad_total: torch.Tensor | None,
@@ -394,7 +403,9 @@ def backward(
             affine_partials = new_empty((walk.programs, 2 * channels), dtype=torch.float32)
         if scaled:
             scale_partials = new_empty((walk.programs, channels), dtype=torch.float32)
-        _add_layer_norm_backward_kernel[(walk.programs,)](
+        launch_kernel(
+            _add_layer_norm_backward_kernel,
+            (walk.programs,),
             *walk.tensors,
             *(dense(vector) for vector in (multiplier, layer_scale, weight, mean, rstd)),
             grad_residual,

@@ -40,6 +40,7 @@ from .channel_tile import (
     zero_tile,
 )
 from .layout import dense
+from .replay import launch_kernel, remembers
 
 # Programs per multiprocessor. Those that leave partials are fewer, so that the second stage stays short.
 ELEMENTWISE_PROGRAMS = 32
@@ -359,6 +360,7 @@ def _batch_norm_act_backward_input_kernel(
 # ---- launchers -------------------------------------------------------------------------------------------
 
 
+@remembers
 def forward(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -388,7 +390,9 @@ def forward(
         y = new_output(x, x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
         walked = geometry([x, y, x if residual is None else residual], FORWARD, merge_samples=True)
         split = walked.split(x.device, MOST_PROGRAMS)
-        _batch_norm_act_forward_kernel[(walked.channel_blocks, split.programs)](
+        launch_kernel(
+            _batch_norm_act_forward_kernel,
+            (walked.channel_blocks, split.programs),
             x,
             y,
             residual,
@@ -413,7 +417,9 @@ def _partial_statistics(x: torch.Tensor) -> torch.Tensor:
     walked = geometry([x], PARTIAL_STATISTICS, merge_samples=True)
     split = walked.split(x.device, MOST_PARTIALS)
     partials = x.new_empty((split.programs, 4, x.shape[1]), dtype=torch.float32)
-    _batch_norm_statistics_kernel[(walked.channel_blocks, split.programs)](
+    launch_kernel(
+        _batch_norm_statistics_kernel,
+        (walked.channel_blocks, split.programs),
         x,
         partials,
         split.tiles,
@@ -427,6 +433,7 @@ def _partial_statistics(x: torch.Tensor) -> torch.Tensor:
     return partials
 
 
+@remembers
 def backward(
     grad_y: torch.Tensor,
     x: torch.Tensor,
@@ -472,7 +479,9 @@ def backward(
         split = walked.split(x.device, MOST_PARTIALS if sums_too else MOST_PROGRAMS)
         if sums_too:
             partials = x.new_empty((split.programs, 2 * channels), dtype=torch.float32)
-        _batch_norm_act_backward_input_kernel[(walked.channel_blocks, split.programs)](
+        launch_kernel(
+            _batch_norm_act_backward_input_kernel,
+            (walked.channel_blocks, split.programs),
             x,
             grad_y,
             residual,
@@ -507,7 +516,9 @@ def _backward_sums(x, grad_y, residual, parameters, grad_residual, kind, eps, ac
     walked = geometry([x, grad_y, *others], BACKWARD_SUMS, merge_samples=True)
     split = walked.split(x.device, MOST_PARTIALS)
     partials = x.new_empty((split.programs, 2 * channels), dtype=torch.float32)
-    _batch_norm_act_backward_sums_kernel[(walked.channel_blocks, split.programs)](
+    launch_kernel(
+        _batch_norm_act_backward_sums_kernel,
+        (walked.channel_blocks, split.programs),
         x,
         grad_y,
         residual,

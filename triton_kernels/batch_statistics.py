@@ -17,6 +17,7 @@ import triton.language as tl
 
 from . import tuned
 from .integers import cdiv, is_power_of_2
+from .replay import launch_kernel
 
 
 @triton.jit
@@ -194,7 +195,9 @@ def finalize_statistics(
     mean, invstd = partials.new_empty(channels), partials.new_empty(channels)
     running = [None if t is None else _contiguous(t) for t in (running_mean, running_var)]
     with torch.cuda.device(partials.device) if partials.is_cuda else nullcontext():
-        _finalize_statistics_kernel[(cdiv(channels, config.block_k),)](
+        launch_kernel(
+            _finalize_statistics_kernel,
+            (cdiv(channels, config.block_k),),
             partials,
             mean,
             invstd,
@@ -227,7 +230,9 @@ def sum_partials(partials: torch.Tensor) -> torch.Tensor:
     key = Key("sum_partials", num_partials, columns)
     config = TUNABLE.config(partials, key, lambda: reduce_config(num_partials, columns))
     with torch.cuda.device(partials.device) if partials.is_cuda else nullcontext():
-        _sum_partials_kernel[(cdiv(columns, config.block_k),)](
+        launch_kernel(
+            _sum_partials_kernel,
+            (cdiv(columns, config.block_k),),
             partials,
             sums,
             num_partials,

@@ -8,8 +8,10 @@ from . import pointwise
 from .integers import cdiv
 from .layout import is_channels_last, new_output
 from .pointwise_sizes import UNIT
+from .replay import remembers
 
 
+@remembers
 def forward(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -323,6 +323,18 @@ def _forward_kernel(
         tl.store(squeeze_ptr, sums.to(squeeze_ptr.dtype.element_ty), mask=mask_c)
 
 
+# One program per image and BLOCK_C channels: adds up `parts` fp32 sums, in order, and writes their sum once.
+@triton.jit
+def _sum_squeeze_kernel(partials_ptr, squeeze_ptr, parts, channels, BLOCK_C: tl.constexpr):
+    image = tl.program_id(0).to(tl.int64)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = offs_c < channels
+    sums = tl.zeros((BLOCK_C,), tl.float32)
+    for part in range(parts):
+        sums += tl.load(partials_ptr + (image * parts + part) * channels + offs_c, mask=mask, other=0.0)
+    tl.store(squeeze_ptr + image * channels + offs_c, sums.to(squeeze_ptr.dtype.element_ty), mask=mask)
+
+
 # A program takes BLOCK_T x span pixels of BLOCK_C channels of several images and writes one (count, mean, M2, what
 # rounding took from the mean) per channel. Each lane keeps its own Welford triple, fed with the mean and M2 of TILE_S
 # values at a time, relative to the lane's first value (anchor), so that a large mean beside a small deviation costs

@@ -35,6 +35,7 @@ from .channel_tile import (
     zero_tile,
 )
 from .layout import dense
+from .replay import launch_kernel, remembers
 
 # Programs per multiprocessor. Those that leave partials are fewer, so that the second stage stays short.
 ELEMENTWISE_PROGRAMS = 32
@@ -156,6 +157,7 @@ def _drop_path_add_backward_kernel(
         store_per_channel(partials_ptr, tl.program_id(1), sum_per_channel(sums, WALK), sizes, WALK)
 
 
+@remembers
 def forward(
     residual: torch.Tensor,
     branch: torch.Tensor,
@@ -182,7 +184,9 @@ def forward(
     walked = geometry(tensors, FORWARD, merge_samples=multiplier is None)
     with torch.cuda.device(y.device) if y.is_cuda else nullcontext():
         split = walked.split(y.device, MOST_PROGRAMS)
-        _drop_path_add_forward_kernel[(walked.channel_blocks, split.programs)](
+        launch_kernel(
+            _drop_path_add_forward_kernel,
+            (walked.channel_blocks, split.programs),
             residual,
             branch,
             y,
@@ -198,6 +202,7 @@ def forward(
     return y
 
 
+@remembers
 def backward(
     grad_y: torch.Tensor,
     branch: torch.Tensor | None,
@@ -222,7 +227,9 @@ def backward(
         split = walked.split(grad_y.device, MOST_PROGRAMS if layer_scale is None else MOST_PARTIALS)
         if layer_scale is not None:
             partials = grad_y.new_empty((split.programs, walked.channels), dtype=torch.float32)
-        _drop_path_add_backward_kernel[(walked.channel_blocks, split.programs)](
+        launch_kernel(
+            _drop_path_add_backward_kernel,
+            (walked.channel_blocks, split.programs),
             grad_y,
             None if layer_scale is None else branch,
             dense(multiplier),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from . import pointwise
+from .replay import remembers
 
 
+@remembers
 def forward(
     x: torch.Tensor,
     weight: torch.Tensor,

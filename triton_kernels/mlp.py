@@ -28,6 +28,7 @@ from .layout import dense
 from .mlp_sizes import MOST_CHANNELS
 from .pointwise import FINISHED_COLUMNS, LEAST_PROGRAMS, finish_parts, unit_rows
 from .pointwise_sizes import UNIT
+from .replay import launch_kernel, remembers
 
 # The kernel's integers.
 SIZES = ("rows", "channel_units", "hidden_units", "stride_x", "stride_r")
@@ -243,6 +244,7 @@ def _cut(channels: int) -> tuple[int, int]:
     return (left, right) if right < left else (whole, 0)
 
 
+@remembers
 def forward(
     x: torch.Tensor,
     fc1_weight: torch.Tensor,
@@ -278,7 +280,9 @@ def forward(
     config = TUNABLE.config(x, key, lambda: _tile_for(x.device, key))
     left, right = _cut(channels)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        _mlp_kernel[(cdiv(rows, config.block_m),)](
+        launch_kernel(
+            _mlp_kernel,
+            (cdiv(rows, config.block_m),),
             x,
             fc1_weight.contiguous(),
             dense(fc1_bias),

@@ -27,6 +27,7 @@ from .channel_tile import compute_capability, multiprocessors
 from .integers import cdiv, next_power_of_2
 from .layout import dense, spaced_rows
 from .pointwise_sizes import UNIT
+from .replay import launch_kernel
 
 # Programs per multiprocessor below which tiles are cut smaller.
 LEAST_PROGRAMS = 2
@@ -258,8 +259,8 @@ class Key(NamedTuple):
 
 
 def tile(key: Key, programs_wanted: int, capability: tuple[int, int]) -> Tile:
-    """128 x 128 outputs by 8 warps; 64 columns and less where there are no more or these fill up better; 64 rows, then
-    64 columns, where multiprocessors would be without work.
+    """128 x 128 outputs by 8 warps; 64 columns and less where there are no more or these fill up better, 32 for up to
+    96; 64 rows, then 64 columns, where multiprocessors would be without work.
 
     Each tile of columns multiplies x by the gate anew, so a gated product keeps its columns together.
 
@@ -273,6 +274,8 @@ def tile(key: Key, programs_wanted: int, capability: tuple[int, int]) -> Tile:
     fills_better = cdiv(key.columns, 64) * 64 < 0.8 * cdiv(key.columns, 128) * 128
     if key.columns <= 64 or (fills_better and not key.gated):
         block_n = min(64, max(16, next_power_of_2(key.columns)))
+    elif key.columns <= 96 and not key.gated:
+        block_n = 32
     block_m = 64 if reads_registers and block_n == 128 else 128
     if cdiv(key.rows, block_m) * cdiv(key.columns, block_n) < programs_wanted:
         block_m = 64
@@ -283,6 +286,8 @@ def tile(key: Key, programs_wanted: int, capability: tuple[int, int]) -> Tile:
     if key.summed % 64 in range(1, 33) and key.summed < 256:
         block_k = min(block_k, 32)
     num_stages = min(3, cdiv(key.summed, block_k))
+    if key.summed <= 128 and block_n <= 64:  # more buffers than two loads took up to a third longer on an H200
+        block_k, num_stages = min(widest_k, max(16, next_power_of_2(key.summed))), 1
     # Of a gated tile the threads also hold x.
     large_gated = key.gated and (block_m > 64 or (reads_registers and block_n == 128))
     num_warps = 8 if block_m * block_n > 8192 or large_gated else 4
@@ -372,7 +377,9 @@ def launch(
     sample, line, pixel = (stride // UNIT for stride in rows.strides)
     grid = (cdiv(rows.count, config.block_m) * cdiv(columns, config.block_n),)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        _pointwise_kernel[grid](
+        launch_kernel(
+            _pointwise_kernel,
+            grid,
             x,
             weight,
             y,

@@ -50,6 +50,7 @@ def _only_packaged() -> Sequence[Path]:
 folders: Callable[[], Sequence[Path]] = _only_packaged
 
 _intercept: Callable[[Tunable, Any, Callable[[], Any]], Any] | None = None
+_generation = 0
 
 
 class Tunable:
@@ -111,8 +112,10 @@ class Tunable:
 
     def forget(self) -> None:
         """Lets files and heuristics be asked again."""
+        global _generation
         self._tables.clear()
         self._choices.clear()
+        _generation += 1
 
     def neighbours(self, key: Any, config: Any) -> list:
         """Other configurations near `config` that can be used for `key`, each once."""
@@ -143,6 +146,16 @@ def intercepting(choose: Callable[[Tunable, Any, Callable[[], Any]], Any]) -> It
         yield
     finally:
         _intercept = before
+
+
+def is_intercepting() -> bool:
+    """Whether somebody decides about every launch, with `intercepting`."""
+    return _intercept is not None
+
+
+def generation() -> int:
+    """How often a choice was forgotten: configurations that were taken before may be others now."""
+    return _generation
 
 
 # ---- what the kernels' files say their candidates with -----------------------------------------------------
