@@ -7,6 +7,7 @@ when every rung objects, the reference (`torch`) runs. The choice is remembered 
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -172,19 +173,24 @@ def triton_unavailable_reasons(x: torch.Tensor) -> list[str]:
     """Why Triton kernels cannot run on `x`'s device at all (empty: they can)."""
     if x.is_cpu and not env.TRITON_INTERPRET:  # first, for this is asked in every layer on a CPU
         return [TRITON_ON_CPU]
+    return list(_triton_unavailable_reasons(x.device))
+
+
+@functools.cache  # none of it changes while a process runs, and every op asks
+def _triton_unavailable_reasons(device: torch.device) -> tuple[str, ...]:
     try:
         import triton
     except ModuleNotFoundError:
-        return ["the package triton is not installed"]
+        return ("the package triton is not installed",)
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < (3, 6):
-        return [f"triton {triton.__version__} is older than 3.6, which the kernels need"]
-    if x.device.type == "cpu":
-        return []
-    if x.device.type != "cuda":
-        return [f"x is on device {x.device.type!r}; kernels need CUDA"]
+        return (f"triton {triton.__version__} is older than 3.6, which the kernels need",)
+    if device.type == "cpu":
+        return ()
+    if device.type != "cuda":
+        return (f"x is on device {device.type!r}; kernels need CUDA",)
     if torch.version.hip is not None:
-        return ["this torch is built for ROCm; kernels are tuned for NVIDIA GPUs only"]
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return [f"{torch.cuda.get_device_name(x.device)} is older than Ampere (compute capability 8.0)"]
-    return []
+        return ("this torch is built for ROCm; kernels are tuned for NVIDIA GPUs only",)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return (f"{torch.cuda.get_device_name(device)} is older than Ampere (compute capability 8.0)",)
+    return ()
