@@ -6,6 +6,8 @@ BBFAST_STRICT: 1 raises, with all the reasons, where an op would fall back to th
 BBFAST_TUNED: 0 leaves all launch configurations to the heuristics, 1 (default) takes what was measured for the GPU.
 BBFAST_TUNED_DIR: the folder where `bbfast tune` leaves what it measured, and which is asked before what bbfast brings
     along; default: bbfast/tuned in $XDG_CACHE_HOME or in ~/.cache. Both are read at a kernel's first launch.
+BBFAST_REPLAY: 0 lets launchers of kernels work out in each call what they did for such tensors before; 1 is the
+    default. Read at import.
 TRITON_INTERPRET: Triton's own: with 1 kernels run on CPU tensors. Must be set before bbfast is imported.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from bbfast.triton_kernels import replay as _replay
 from bbfast.triton_kernels import tuned as _tuned
 
 BACKENDS = ("auto", "triton", "cuda", "cpp", "onednn", "torch")
@@ -69,7 +72,7 @@ def tuned_folders() -> tuple[Path, ...]:
     return (tuned_folder(), _tuned.PACKAGED) if tuned() else ()
 
 
-# The kernels know nothing of bbfast and its variables, so they are told where to look.
+# The kernels know nothing of bbfast and its variables, so they are told where to look, and whether to remember.
 _tuned.folders = tuned_folders
 
 
@@ -78,3 +81,6 @@ def _switch(name: str, default: str) -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"{name}={value!r} is not allowed; use 0 or 1")
     return value == "1"
+
+
+_replay.enabled = _switch("BBFAST_REPLAY", "1")

@@ -34,6 +34,8 @@ ALIGNMENT = 16
 # Beyond so many kinds of calls of one launcher (sizes that change from call to call) all are forgotten.
 MOST_PLANS = 1024
 
+# Whether anything is remembered at all. Who uses this package may say no.
+enabled = True
 _state = threading.local()
 
 
@@ -76,7 +78,7 @@ def _is_eligible(x: object) -> bool:
 
 def _key(args: tuple) -> tuple | None:
     """All that what a launcher does may depend on; None where it should run as it is written."""
-    if not _is_eligible(args[0]) or tuned.is_intercepting():
+    if not enabled or not _is_eligible(args[0]) or tuned.is_intercepting():
         return None
     parts: list = [args[0].device.index, tuned.generation()]
     places: dict[int, int] = {}
@@ -114,9 +116,13 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func in ALLOCATIONS:
             self.buffers.append(result)
-        elif not func.is_view and (func._schema.is_mutable or not isinstance(result, CONSTANTS)):
-            self.repeatable = False
+        elif not func.is_view and not (isinstance(result, CONSTANTS) and not _holds_tensors(args)):
+            self.repeatable = False  # it computes, or asks what is in a tensor
         return result
+
+
+def _holds_tensors(values) -> bool:
+    return any(isinstance(value, torch.Tensor) for value in values)
 
 
 def _record(launcher: Callable, args: tuple) -> tuple[object, _Plan | None]:
@@ -177,7 +183,7 @@ def _launch_of(kernel, compiled, grid, args, kwargs, sources: dict[int, int]) ->
                 return None
             tensors.append((index, sources[value.data_ptr()]))
             values[index] = None
-        elif isinstance(value, tuple) and any(isinstance(item, torch.Tensor) for item in value):
+        elif isinstance(value, tuple) and _holds_tensors(value):
             return None
     return compiled[(*grid, 1, 1)[:3]], values, tensors
 

@@ -27,6 +27,7 @@ VARIABLES = (
     ("BBFAST_STRICT", "0", env.strict),
     ("BBFAST_TUNED", "1", env.tuned),
     ("BBFAST_TUNED_DIR", "~/.cache/bbfast/tuned", lambda: None),
+    ("BBFAST_REPLAY", "1", lambda: None),
     ("TRITON_INTERPRET", "0", lambda: None),
     ("CUDA_VISIBLE_DEVICES", "all", lambda: None),
     ("BBFAST_CUDA", "auto; for the build", lambda: None),
