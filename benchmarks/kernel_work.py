@@ -34,7 +34,7 @@ class Work:
             are read.
         bias_bytes: of attention kernels, what of them is the bias.
         least_bytes: of attention kernels, the large tensors alone, each once.
-        vector_bytes: of depthwise kernels, what a thread loads at once, by the strides of the tensors.
+        vector_bytes: of depthwise kernels, what a thread loads at once, by the strides of the tensors and the tile.
         halo: of depthwise forwards, input positions that all tiles read together over those there are.
         narrow: accesses of less than 16 bytes per thread where the strides of large tensors allow 16.
     """
@@ -150,7 +150,8 @@ def _depthwise(work: Work, launch: Launch, function: Function, threads: int) -> 
     tiles = x.shape[0] * values["c_tiles"] * values["t_tiles"] * -(-size_s // values["TILE_S"])
     positions = values["BLOCK_T"] * values["BLOCK_C"] * values["TILE_S"] * (values["STRIDE_T"] if on_inputs else 1)
     work.outputs = tiles * positions
-    work.vector_bytes = values["VECTOR"] * x.dtype.itemsize
+    per_thread = max(1, values["BLOCK_T"] * values["BLOCK_C"] // threads)
+    work.vector_bytes = min(values["VECTOR"], per_thread) * x.dtype.itemsize
 
     names = DEPTHWISE_NESTS[launch.name]
     walk = None

@@ -30,9 +30,12 @@ def _check_mobilenetv3(reports, archs):
     forwards = [report for report in reports if report["kernel"] == "forward_kernel"]
     assert {report["arch"] for report in forwards} == set(archs) and len(forwards) == 12 * len(archs)
     for report in forwards:
-        assert any(opcode.startswith("LDG.E") and opcode.endswith(".128") for opcode in report["opcodes"]), report
-        assert any(opcode.startswith("STG.E") and opcode.endswith(".128") for opcode in report["opcodes"]), report
-        assert report["halo"] <= 1.15, report
+        # On Hopper half a vector per thread was measured to be quicker, in smaller tiles with more halo.
+        bits = "64" if report["arch"] == 90 else "128"
+        assert report["vector_bytes"] * 8 == int(bits), report
+        assert any(opcode.startswith("LDG.E") and opcode.endswith(f".{bits}") for opcode in report["opcodes"]), report
+        assert any(opcode.startswith("STG.E") and opcode.endswith(f".{bits}") for opcode in report["opcodes"]), report
+        assert report["halo"] <= 1.15 or report["arch"] == 90, report
 
 
 @pytest.mark.thorough

@@ -159,7 +159,7 @@ def choose_config(
         tile_s = 4
         rows = min(kernel_t, max(1, 9 // kernel_s))
     block_t, block_c, num_warps = choose_tile(channels_last, vector, channels, size_t, kernel_size, stride[0])
-    halved = kernel == "forward" and channels_last and vector == 8 and max(kernel_size) <= 7
+    halved = kernel == "forward" and channels_last and vector == 8 and max(kernel_size) <= 7 and capability[0] == 9
     if halved:
         block_t, block_c, num_warps = choose_halved_tile(channels)
     tiles = cdiv(size_t, block_t) * cdiv(channels, block_c)

@@ -258,6 +258,11 @@ class Key(NamedTuple):
     residual: bool
 
 
+def reads_registers(capability: tuple[int, int]) -> bool:
+    """Whether tensor cores take their operands from registers, which those of 9.0 and 10.0 leave to others."""
+    return capability[0] not in (9, 10)
+
+
 def tile(key: Key, programs_wanted: int, capability: tuple[int, int]) -> Tile:
     """128 x 128 outputs by 8 warps; 64 columns and less where there are no more or these fill up better, 32 for up to
     96; 64 rows, then 64 columns, where multiprocessors would be without work.
@@ -269,19 +274,19 @@ def tile(key: Key, programs_wanted: int, capability: tuple[int, int]) -> Tile:
         capability: tensor cores that read registers (all but those of 9.0 and 10.0) leave none for 128 x 128 sums; and
             shared memory is smaller there.
     """
-    reads_registers = capability[0] not in (9, 10)
+    from_registers = reads_registers(capability)
     block_n = 128
     fills_better = cdiv(key.columns, 64) * 64 < 0.8 * cdiv(key.columns, 128) * 128
     if key.columns <= 64 or (fills_better and not key.gated):
         block_n = min(64, max(16, next_power_of_2(key.columns)))
     elif key.columns <= 96 and not key.gated:
         block_n = 32
-    block_m = 64 if reads_registers and block_n == 128 else 128
+    block_m = 64 if from_registers and block_n == 128 else 128
     if cdiv(key.rows, block_m) * cdiv(key.columns, block_n) < programs_wanted:
         block_m = 64
     if cdiv(key.rows, block_m) * cdiv(key.columns, block_n) < programs_wanted and not key.gated:
         block_n = min(block_n, 64)
-    widest_k = 32 if reads_registers else 64
+    widest_k = 32 if from_registers else 64
     block_k = min(widest_k, max(16, next_power_of_2(key.summed)))
     if key.summed % 64 in range(1, 33) and key.summed < 256:
         block_k = min(block_k, 32)
@@ -289,7 +294,7 @@ def tile(key: Key, programs_wanted: int, capability: tuple[int, int]) -> Tile:
     if key.summed <= 128 and block_n <= 64:  # more buffers than two loads took up to a third longer on an H200
         block_k, num_stages = min(widest_k, max(16, next_power_of_2(key.summed))), 1
     # Of a gated tile the threads also hold x.
-    large_gated = key.gated and (block_m > 64 or (reads_registers and block_n == 128))
+    large_gated = key.gated and (block_m > 64 or (from_registers and block_n == 128))
     num_warps = 8 if block_m * block_n > 8192 or large_gated else 4
     return Tile(block_m, block_n, block_k, num_warps, num_stages)
 
@@ -404,7 +409,7 @@ def launch(
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             PARTS=config.parts,
-            AHEAD=residual is not None and config.reads_ahead,
+            AHEAD=residual is not None and config.reads_ahead and not reads_registers(compute_capability(x.device)),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             maxnreg=config.max_registers,

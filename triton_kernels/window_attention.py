@@ -124,16 +124,17 @@ def forward_tile(tokens: int, head_dim: int, dtype: torch.dtype, vectors: bool =
     return _tiles(tokens, 64, block_k, block_d, 4 if vectors else 8, num_stages=2 if row_bytes <= 128 else 1)
 
 
-def _forward_residence(tile: Tile, padded: bool, capability: tuple[int, int]) -> Tile:
+def _forward_residence(tile: Tile, masked: bool, capability: tuple[int, int]) -> Tile:
     """The tile with its registers and programs, for as many programs at a time as fit without spilling.
 
-    A named limit keeps ptxas from spilling at 32 registers where there is room for all.
+    A named limit keeps ptxas from spilling at 32 registers where there is room for all. Padding and shifts, whose masks
+    take registers (`masked`), leave four programs on Hopper with a spill.
     """
     fits = tile.block_q == 64 and tile.block_d <= 32 and tile.num_warps == 4 and capability[0] != 10
     large = tile.block_k == 64 and tile.key_tiles > 1
     registers = THREE_PROGRAMS_REGISTERS if fits and not large else MAX_REGISTERS
     if fits and tile.key_tiles == 1 and capability[0] == 9:
-        registers = registers if padded else FOUR_PROGRAMS_REGISTERS
+        registers = registers if masked else FOUR_PROGRAMS_REGISTERS
         return replace(tile, max_registers=registers, programs=HOPPER_PROGRAMS, num_stages=HOPPER_STAGES)
     return replace(tile, max_registers=registers, programs=FORWARD_PROGRAMS)
 
@@ -341,7 +342,8 @@ def forward(
 
     def heuristic() -> Tile:
         tile = forward_tile(tokens, walked.head_dim, qkv.dtype, vectors)
-        return _forward_residence(tile, walked.padded, compute_capability(qkv.device))
+        masked = walked.padded or any(shift_size)
+        return _forward_residence(tile, masked, compute_capability(qkv.device))
 
     tile = TUNABLE.config(qkv, walked.key("forward", qkv, tokens, vectors, walked.padded), heuristic)
     y = qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
