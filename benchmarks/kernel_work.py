@@ -92,7 +92,9 @@ def _walk(work: Work, launch: Launch, function: Function, threads: int) -> None:
         work.per_output = work.lane_instructions / work.outputs
     region = function.body(function.loops[0]) if len(function.loops) == 1 else function.opcodes
     unit = walk.vec if walk else values["UNIT"]
-    work.narrow = _missing_vectors(launch, region, unit, block / threads)
+    # Of whole rows the compiler leaves out what lies behind the last channel.
+    inside = block if walk else values["BLOCK_R"] * values["C"]
+    work.narrow = _missing_vectors(launch, region, unit, inside / threads)
 
 
 def _missing_vectors(launch: Launch, region, unit: int, elements_per_thread: float) -> list[str]:
