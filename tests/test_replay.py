@@ -98,3 +98,34 @@ def test_kinds_of_calls_are_not_kept_forever(on_cpu, monkeypatch):
 
 def test_ordinary_cpu_tensors_are_none_of_its_business():
     assert replay._key((torch.randn(3),)) is None
+
+
+def test_one_recording_at_a_time(on_cpu):
+    """Torch's flags of modes are the process's: a second thread runs as written and is recorded later."""
+
+    @replay.remembers
+    def fresh(x):
+        return x.new_empty(x.shape)
+
+    with replay._recording:
+        for _ in range(3):
+            fresh(torch.randn(3))
+        assert list(fresh.plans.values()) == ["seen"]
+    fresh(torch.randn(3))
+    assert isinstance(next(iter(fresh.plans.values())), replay._Plan)
+
+
+def test_recording_leaves_the_compiler_alone():
+    """It neither imports Dynamo, which takes a second, nor sets the flags that Dynamo skips frames for."""
+    code = """
+import sys, torch
+from torch.utils import _python_dispatch as modes
+from bbfast.triton_kernels import replay
+with replay._Recorder() as recorder:
+    assert not modes.is_in_any_mode_without_ignore_compile_internals()
+    torch.empty(3)
+assert len(recorder.buffers) == 1 and "torch._dynamo" not in sys.modules
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -37,6 +37,7 @@ MOST_PLANS = 1024
 # Whether anything is remembered at all. Who uses this package may say no.
 enabled = True
 _state = threading.local()
+_recording = threading.Lock()
 
 
 def launch_kernel(kernel, grid: tuple[int, ...], *args, **kwargs) -> None:
@@ -58,8 +59,11 @@ def remembers(launcher: Callable) -> Callable:
         plan = plans.get(key)
         if isinstance(plan, _Plan):
             return plan(args)
-        if plan == "seen":
-            result, plan = _record(launcher, args)
+        if plan == "seen" and _recording.acquire(blocking=False):
+            try:
+                result, plan = _record(launcher, args)
+            finally:
+                _recording.release()
             plans[key] = plan or "as written"
             return result
         if plan is None:  # may yet compile, and may be the only one of its kind
@@ -104,7 +108,24 @@ def _key(args: tuple) -> tuple | None:
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees what torch does inside a launcher, and is told its launches."""
+    """Sees what torch does inside a launcher, and is told its launches.
+
+    One at a time: entering a mode sets flags of the whole process, which threads would restore in the wrong order.
+    """
+
+    # The flags that torch.compile asks stay as they are for other threads.
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    # Else the first call imports torch._dynamo, for a second, and the traceback of that keeps the tensors alive.
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
     def __init__(self):
         super().__init__()
@@ -173,6 +194,8 @@ def _plan_of(recorder: _Recorder, args: tuple, result: object) -> _Plan | None:
 
 def _launch_of(kernel, compiled, grid, args, kwargs, sources: dict[int, int]) -> tuple | None:
     """(what launches, its arguments, (index, source) of those that are tensors)."""
+    if compiled is None:  # a hook of Triton's took the launch over
+        return None
     names = [parameter.name for parameter in kernel.params]
     bound = dict(zip(names, args)) | kwargs
     values = [bound.get(parameter.name, parameter.default) for parameter in kernel.params]
