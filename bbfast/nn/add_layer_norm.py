@@ -109,8 +109,8 @@ def apply_add_layer_norm(
 def apply_layer_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`norm(x)`, where a plain nn.LayerNorm over the last axis lends its parameters to the kernel on a GPU.
 
-    torch's own takes three to five times as long for the few channels of first stages. Under torch.compile it is
-    called: Inductor generates code for it together with its neighbours.
+    torch's own is slow for few channels: see benchmarks/NOTES.md. Under torch.compile it is called, since Inductor
+    generates code for it together with its neighbours.
     """
     if torch.compiler.is_compiling() or not (
         is_plain_layer_norm(norm) and takes_layer_norm(x, norm.normalized_shape[0])
