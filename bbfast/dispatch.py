@@ -17,6 +17,7 @@ import torch
 from torch.autograd import forward_ad
 
 from bbfast import env
+from bbfast.triton_kernels import replay
 
 
 class FallbackWarning(UserWarning):
@@ -76,7 +77,7 @@ def select(op: str, kernels: Sequence[Backend], reference: Callable, *args) -> C
     """
     wanted = env.backend()
     if wanted == "torch":
-        _choices[op] = Choice("torch", ("BBFAST_BACKEND=torch",))
+        record(op, Choice("torch", ("BBFAST_BACKEND=torch",)))
         return reference
 
     reasons = []
@@ -85,7 +86,7 @@ def select(op: str, kernels: Sequence[Backend], reference: Callable, *args) -> C
             continue
         objections = kernel.unsupported_reasons(*args)
         if not objections:
-            _choices[op] = Choice(kernel.name, tuple(reasons)) if reasons else kernel.chosen_at_once
+            record(op, Choice(kernel.name, tuple(reasons)) if reasons else kernel.chosen_at_once)
             return kernel.run
         reasons += [f"{kernel.name}: {reason}" for reason in objections]
     if not reasons:
@@ -110,12 +111,16 @@ def fall_back(op: str, x: torch.Tensor, reasons: Sequence[str]) -> None:
     # On a CPU the reference is the plan, not a fallback; on a GPU, or when a backend was asked for, it is news.
     if wanted != "torch" and (x.device.type != "cpu" or wanted != "auto"):
         _warn_once(op, reasons)
-    _choices[op] = Choice("torch", tuple(reasons))
+    record(op, Choice("torch", tuple(reasons)))
 
 
 def record(op: str, choice: Choice) -> None:
-    """Notes what `op` ran on, for `last_choices`, where nobody had to choose."""
+    """Notes what `op` runs on, for `last_choices`; select does so by itself."""
     _choices[op] = choice
+    if choice.backend == "triton":
+        replay.repeat_too(_choices.__setitem__, op, choice)
+    else:  # the extension's calls are not seen
+        replay.run_as_written()
 
 
 def last_choices() -> dict[str, Choice]:

@@ -6,8 +6,8 @@ BBFAST_STRICT: 1 raises, with all the reasons, where an op would fall back to th
 BBFAST_TUNED: 0 leaves all launch configurations to the heuristics, 1 (default) takes what was measured for the GPU.
 BBFAST_TUNED_DIR: the folder where `bbfast tune` leaves what it measured, and which is asked before what bbfast brings
     along; default: bbfast/tuned in $XDG_CACHE_HOME or in ~/.cache. Both are read at a kernel's first launch.
-BBFAST_REPLAY: 0 lets launchers of kernels work out in each call what they did for such tensors before; 1 is the
-    default. Read at import.
+BBFAST_REPLAY: 0 lets ops and launchers of kernels work out in each call what they did for such tensors before; 1 is
+    the default. Read at import.
 TRITON_INTERPRET: Triton's own: with 1 kernels run on CPU tensors. Must be set before bbfast is imported.
 """
 

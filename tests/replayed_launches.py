@@ -1,4 +1,4 @@
-"""Runs every launcher three times on CPU tensors, with kernels compiled for an H100 and launches noted, not made.
+"""Runs launchers, and ops around them, three times on CPU tensors, with kernels compiled for an H100 and not launched.
 
 A process of its own, since Triton must not interpret here: `python tests/replayed_launches.py`. The first call runs as
 written, the second is recorded, the third repeated. All three must hand the same values to the same kernels, tensors in
@@ -8,6 +8,7 @@ the same places, and write to memory of their own.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -16,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 
+from bbfast import env, ops
 from bbfast.triton_kernels import (
     add_layer_norm,
     batch_norm_act,
@@ -61,6 +63,7 @@ def note_launches() -> None:
 
     CompiledKernel._init_handles = prepare
     replay._is_eligible = lambda x: type(x) in replay.TENSORS
+    env.TRITON_INTERPRET = True  # for ops, which else would not take these tensors to kernels
     torch.cuda.current_device = lambda: None  # as a CPU tensor's device has no index
 
 
@@ -159,6 +162,19 @@ def calls() -> dict:
             window_attention.forward,
             lambda: (randn(2, 14, 14, 144), randn(169, 3), None, *geometry, -100.0),
         ),
+        "op: linear": (partial(ops.linear_act, act="relu"), lambda: (randn(5, 7, 24), randn(40, 24), randn(40))),
+        "op: pointwise convolution": (
+            partial(ops.conv_bn_act, act="silu"),
+            lambda: (maps(2, 24, 5, 6), randn(40, 24, 1, 1), *statistics(40)),
+        ),
+        "op: depthwise convolution with means": (
+            partial(ops.depthwise_conv_bn_act, padding="same", stride=2, squeeze=True),
+            lambda: (maps(2, 24, 9, 8), randn(24, 1, 5, 5), *statistics(24)),
+        ),
+        "op: window attention": (
+            partial(ops.window_attention, num_heads=3, window_size=7, shift_size=3),
+            lambda: (randn(2, 14, 14, 144), randn(169, 3)),
+        ),
         "batch norm's gradients": (
             batch_norm_act.backward,
             lambda: (
@@ -220,9 +236,10 @@ def main() -> int:
     note_launches()
     print(SimpleNamespace(triton=triton.__version__, torch=torch.__version__))
     for name, (launcher, make) in calls().items():
-        before = len(launcher.plans)
+        plans = getattr(launcher, "func", launcher).plans
+        before = len(plans)
         written, recorded, repeated = run(launcher, make)
-        (plan,) = list(launcher.plans.values())[before:]
+        (plan,) = list(plans.values())[before:]
         assert isinstance(plan, replay._Plan) or "gradients" in name, f"{name}: is not remembered"
         assert written[0], f"{name}: nothing was launched"
         assert recorded == written, f"{name}: the recorded call differs"

@@ -82,8 +82,11 @@ def check(tensors, statistics, *, grad_y=None, **config):
     rows = tensors[0].numel() // tensors[0].shape[1]
     assert_within_rule("y", y, exact[0], plain[0])
     for name, grad, exact_grad, plain_grad in zip(("x", "weight", "bias", "residual"), grads, exact[1], plain[1]):
-        if exact_grad is not None:
-            assert_within_rule(f"grad {name}", grad, exact_grad, plain_grad, rows=rows if grad.dim() == 1 else 1)
+        if exact_grad is not None and grad.dim() == 1:  # sums that may cancel, of about as large terms as dy is
+            term = grad_y.abs().max().item()
+            assert_within_rule(f"grad {name}", grad, exact_grad, plain_grad, rows=rows, largest_term=term)
+        elif exact_grad is not None:
+            assert_within_rule(f"grad {name}", grad, exact_grad, plain_grad)
     for name, value, exact_value, plain_value in zip(("mean", "var"), running, exact[2], plain[2]):
         if exact_value is not None:
             assert_within_rule(f"running {name}", value, exact_value, plain_value)

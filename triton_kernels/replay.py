@@ -1,20 +1,24 @@
-"""Launchers that remember: tensors like those of an earlier call get the same kernels launched at once.
+"""Functions that remember: tensors like those of an earlier call get the same kernels launched at once.
 
 Between its tensors and its kernels a launcher computes strides, keys, tiles and grids, and Triton binds and
-specialises up to forty arguments per kernel. All of it depends on shapes, strides, dtypes and alignment alone, and
-takes longer than many of these kernels run. So the second call of a kind is recorded: what it allocates, what it
-launches with which tensors, and what it returns. From the third one on, that is repeated and nothing else.
+specialises up to forty arguments per kernel; an op around it checks what it is given and chooses a backend. All of it
+depends on shapes, strides, dtypes and alignment alone, and takes longer than many of these kernels run. So the second
+call of a kind is recorded: what it allocates, what it launches with which tensors, and what it returns. From the third
+one on, that is repeated and nothing else.
 
-A launcher that did more than allocate, view and launch (a copy of a tensor in other strides, a sum by torch) is not
+A function that did more than allocate, view and launch (a copy of a tensor in other strides, a sum by torch) is not
 remembered for such tensors, and runs as it is written. So are calls under `tuned.intercepting`, those on tensors
 that are not plain CUDA tensors, and all in Triton's interpreter.
+
+Launchers are decorated with `remembers`. Who calls them through torch.library, and more besides, may keep a `Memory`
+of that whole: it says in a key what a call may depend on, and in `INSIDE` what an operator stands for.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +40,8 @@ MOST_PLANS = 1024
 
 # Whether anything is remembered at all. Who uses this package may say no.
 enabled = True
+# What runs inside an operator of torch.library, by the operator: recording looks in there.
+INSIDE: dict[torch._ops.OpOverload, Callable] = {}
 _state = threading.local()
 _recording = threading.Lock()
 
@@ -47,33 +53,85 @@ def launch_kernel(kernel, grid: tuple[int, ...], *args, **kwargs) -> None:
         recorder.launches.append((kernel, compiled, grid, args, kwargs))
 
 
+def repeat_too(effect: Callable, *args) -> None:
+    """Has `effect(*args)` called in each repetition of the call that is being recorded in this thread, if one is."""
+    if (recorder := getattr(_state, "recorder", None)) is not None:
+        recorder.effects.append((effect, args))
+
+
+def run_as_written() -> None:
+    """Keeps the call that is being recorded in this thread, if one is, from being repeated: not all of it was seen."""
+    if (recorder := getattr(_state, "recorder", None)) is not None:
+        recorder.repeatable = False
+
+
 def remembers(launcher: Callable) -> Callable:
     """Decorates a launcher, a function of positional tensors and constants, that may be repeated as above."""
-    plans: dict[tuple, _Plan | str] = {}
+    memory = Memory(launcher)
 
     @functools.wraps(launcher)
     def call(*args, **kwargs):
-        key = None if kwargs or getattr(_state, "recorder", None) is not None else _key(args)
-        if key is None:
-            return launcher(*args, **kwargs)
-        plan = plans.get(key)
+        key = None if kwargs else _key(args)
+        return launcher(*args, **kwargs) if key is None else memory.call(key, args)
+
+    call.plans = memory.plans
+    return call
+
+
+class Memory:
+    """What `function` did in earlier calls, by a key that holds all it may depend on but the values in tensors.
+
+    Attributes:
+        plans: for each key how to repeat such a call, "seen" (once, yet to be recorded) or "as written".
+    """
+
+    def __init__(self, function: Callable):
+        self._function = function
+        self.plans: dict[tuple, _Plan | str] = {}
+
+    def call(self, key: tuple, args: tuple, kwargs: dict | None = None):
+        """`function(*args, **kwargs)`; the order of kwargs belongs into the key."""
+        plan = self.plans.get(key)
         if isinstance(plan, _Plan):
-            return plan(args)
+            return plan((*args, *kwargs.values()) if kwargs else args)
         if plan == "seen" and _recording.acquire(blocking=False):
             try:
-                result, plan = _record(launcher, args)
+                result, plan = _record(self._function, args, kwargs or {})
             finally:
                 _recording.release()
-            plans[key] = plan or "as written"
+            self.plans[key] = plan or "as written"
             return result
         if plan is None:  # may yet compile, and may be the only one of its kind
-            if len(plans) >= MOST_PLANS:
-                plans.clear()
-            plans[key] = "seen"
-        return launcher(*args)
+            if len(self.plans) >= MOST_PLANS:
+                self.plans.clear()
+            self.plans[key] = "seen"
+        return self._function(*args, **(kwargs or {}))
 
-    call.plans = plans
-    return call
+
+def may_remember(x: object) -> bool:
+    """Whether calls on `x` are remembered at all now; torch.compile is not asked here."""
+    return _is_eligible(x) and enabled and getattr(_state, "recorder", None) is None and not tuned.is_intercepting()
+
+
+def key_of(values: Iterable) -> list | None:
+    """What tensors and constants are, for a key; None where one cannot be told from others."""
+    parts: list = [tuned.generation()]
+    places: dict[int, int] = {}
+    for value in values:
+        kind = type(value)
+        if kind in TENSORS:
+            if value.layout is not torch.strided or (address := value.data_ptr()) == 0:
+                return None
+            # Which tensors are one and the same counts, because launches tell tensors by their addresses.
+            place = places.setdefault(address, len(places))
+            parts += (value.shape, value.stride(), value.dtype, value.device, address % ALIGNMENT, place)
+        elif kind in CONSTANTS:
+            parts += (kind, value)
+        elif kind in (tuple, list) and all(type(item) in CONSTANTS for item in value):
+            parts.append(tuple(value))
+        else:
+            return None
+    return parts
 
 
 def _is_eligible(x: object) -> bool:
@@ -82,26 +140,8 @@ def _is_eligible(x: object) -> bool:
 
 def _key(args: tuple) -> tuple | None:
     """All that what a launcher does may depend on; None where it should run as it is written."""
-    if not enabled or not _is_eligible(args[0]) or tuned.is_intercepting():
-        return None
-    parts: list = [args[0].device.index, tuned.generation()]
-    places: dict[int, int] = {}
-    for value in args:
-        kind = type(value)
-        if kind in TENSORS:
-            address = value.data_ptr()
-            if address == 0:
-                return None
-            # Which tensors are one and the same counts, because launches tell tensors by their addresses.
-            place = places.setdefault(address, len(places))
-            parts.append((value.shape, value.stride(), value.dtype, address % ALIGNMENT, place))
-        elif kind in CONSTANTS:
-            parts += (kind, value)
-        elif kind in (tuple, list) and all(type(item) in CONSTANTS for item in value):
-            parts.append(tuple(value))
-        else:
-            return None
-    return tuple(parts)
+    parts = key_of(args) if may_remember(args[0]) else None
+    return None if parts is None else tuple(parts)
 
 
 # ---- recording -------------------------------------------------------------------------------------------
@@ -131,9 +171,13 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.buffers: list[torch.Tensor] = []  # kept, so that no two have the same address
         self.launches: list[tuple] = []
+        self.effects: list[tuple] = []
         self.repeatable = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (inside := INSIDE.get(func)) is not None:
+            with self:
+                return inside(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if func in ALLOCATIONS:
             self.buffers.append(result)
@@ -146,16 +190,17 @@ def _holds_tensors(values) -> bool:
     return any(isinstance(value, torch.Tensor) for value in values)
 
 
-def _record(launcher: Callable, args: tuple) -> tuple[object, _Plan | None]:
-    """The launcher's result, and how to get the next one like it, if it can be repeated."""
+def _record(function: Callable, args: tuple, kwargs: dict) -> tuple[object, _Plan | None]:
+    """The function's result, and how to get the next one like it, if it can be repeated."""
     recorder = _Recorder()
     _state.recorder = recorder
     try:
         with recorder:
-            result = launcher(*args)
+            result = function(*args, **kwargs)
     finally:
         _state.recorder = None
-    return result, _plan_of(recorder, args, result) if recorder.repeatable else None
+    values = (*args, *kwargs.values())
+    return result, _plan_of(recorder, values, result) if recorder.repeatable else None
 
 
 @dataclass
@@ -167,29 +212,34 @@ class _Buffer:
     dtype: torch.dtype
 
 
-def _plan_of(recorder: _Recorder, args: tuple, result: object) -> _Plan | None:
+def _plan_of(recorder: _Recorder, values: tuple, result: object) -> _Plan | None:
     sources: dict[int, int] = {}  # of each address: the place of its tensor among arguments and buffers
-    for place, value in enumerate((*args, *recorder.buffers)):
+    for place, value in enumerate((*values, *recorder.buffers)):
         if type(value) in TENSORS and value.data_ptr() != 0:
             sources.setdefault(value.data_ptr(), place)
     buffers = [_Buffer(buffer.shape, buffer.stride(), buffer.dtype) for buffer in recorder.buffers]
 
-    outputs = []
+    outputs: list[int | None] = []
     for output in result if isinstance(result, tuple) else (result,):
-        place = None if output is None else sources.get(output.data_ptr(), -1)
-        if place is not None and place < len(args):  # an argument handed through, which may have any shape by now
+        if output is None:
+            outputs.append(None)
+            continue
+        if (handed := next((place for place, value in enumerate(values) if value is output), None)) is not None:
+            outputs.append(handed)
+            continue
+        place = sources.get(output.data_ptr(), -1)
+        if place < len(values) or place in outputs:  # a view of an argument, or a second one of a buffer
             return None
-        if place is not None:
-            buffer, allocated = buffers[place - len(args)], recorder.buffers[place - len(args)]
-            if place in outputs or output.numel() != allocated.numel() or output.dtype != allocated.dtype:
-                return None
-            buffer.shape, buffer.stride = output.shape, output.stride()
+        buffer, allocated = buffers[place - len(values)], recorder.buffers[place - len(values)]
+        if output.numel() != allocated.numel() or output.dtype != allocated.dtype:
+            return None
+        buffer.shape, buffer.stride = output.shape, output.stride()
         outputs.append(place)
 
     launches = [_launch_of(*launched, sources) for launched in recorder.launches]
     if None in launches:
         return None
-    return _Plan(args[0].device, buffers, launches, outputs, isinstance(result, tuple))
+    return _Plan(values[0].device, buffers, launches, recorder.effects, outputs, isinstance(result, tuple))
 
 
 def _launch_of(kernel, compiled, grid, args, kwargs, sources: dict[int, int]) -> tuple | None:
@@ -226,6 +276,7 @@ class _Plan:
     device: torch.device
     buffers: Sequence[_Buffer]
     launches: Sequence[tuple]
+    effects: Sequence[tuple]
     outputs: Sequence[int | None]
     several: bool
 
@@ -244,5 +295,7 @@ class _Plan:
             for index, source in places:
                 arguments[index] = tensors[source]
             run(*arguments)
+        for effect, arguments in self.effects:
+            effect(*arguments)
         results = tuple(None if place is None else tensors[place] for place in self.outputs)
         return results if self.several else results[0]

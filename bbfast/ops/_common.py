@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from bbfast import env
 from bbfast.reference.activation import ACTIVATIONS
+from bbfast.triton_kernels import replay
 from bbfast.triton_kernels.layout import is_channels_last, new_output
 
 LIBRARY = torch.library.Library("bbfast", "DEF")
@@ -29,7 +30,9 @@ def define(schema: str, implementation: Callable, fake: Callable):
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"bbfast::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.bbfast, name).default
+    op = getattr(torch.ops.bbfast, name).default
+    replay.INSIDE[op] = implementation
+    return op
 
 
 def overridable(function: Callable) -> Callable:

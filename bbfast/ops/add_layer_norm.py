@@ -12,6 +12,7 @@ import torch
 from bbfast import dispatch, env
 from bbfast.ops import _common
 from bbfast.ops._drop_path import check_branch, check_drop, check_vector, sample_multiplier, scaled_dtype
+from bbfast.ops._repeated import remembers_inference
 from bbfast.reference.add_layer_norm import add_layer_norm as reference
 from bbfast.reference.add_layer_norm import as_statistics, layer_norm_backward
 
@@ -273,6 +274,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
 
 @_common.overridable
+@remembers_inference
 def add_layer_norm(
     residual: torch.Tensor,
     branch: torch.Tensor | None,

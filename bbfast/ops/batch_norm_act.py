@@ -10,6 +10,7 @@ import torch
 from bbfast import dispatch
 from bbfast.ops import _common
 from bbfast.ops._memory_format import dense_like, in_format_of, new_dense
+from bbfast.ops._repeated import remembers_inference
 from bbfast.reference.batch_norm_act import batch_norm_act as reference
 from bbfast.reference.batch_norm_act import batch_norm_act_backward as reference_backward
 
@@ -195,6 +196,7 @@ class _BatchNormAct(torch.autograd.Function):
 
 
 @_common.overridable
+@remembers_inference
 def batch_norm_act(
     x: torch.Tensor,
     weight: torch.Tensor | None,

@@ -12,6 +12,7 @@ import torch
 from bbfast import dispatch, env
 from bbfast.ops import _common, _cpp, _onednn, _pointwise
 from bbfast.ops._memory_format import in_format_of
+from bbfast.ops._repeated import remembers_inference
 from bbfast.ops.batch_norm_act import batch_norm_act
 from bbfast.reference.activation import activation
 from bbfast.reference.conv_bn_act import conv_bn_act as reference
@@ -216,6 +217,7 @@ def _compose(
 
 
 @_common.overridable
+@remembers_inference
 def conv_bn_act(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -10,6 +10,7 @@ import torch
 from bbfast import dispatch
 from bbfast.ops import _common, _cpp, _onednn
 from bbfast.ops._memory_format import in_format_of
+from bbfast.ops._repeated import remembers_inference
 from bbfast.reference.depthwise_conv_bn_act import depthwise_conv_bn_act as reference
 from bbfast.reference.depthwise_conv_bn_act import depthwise_conv_bn_act_backward as reference_backward
 
@@ -261,6 +262,7 @@ class _DepthwiseConvBNAct(torch.autograd.Function):
 
 
 @_common.overridable
+@remembers_inference
 def depthwise_conv_bn_act(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -11,6 +11,7 @@ from bbfast import dispatch
 from bbfast.ops import _common
 from bbfast.ops._drop_path import check_branch, check_drop, check_vector, sample_multiplier, scaled_dtype
 from bbfast.ops._memory_format import dense_like, in_format_of, new_dense
+from bbfast.ops._repeated import remembers_inference
 from bbfast.reference.drop_path_add import drop_path_add as reference
 
 OP = "drop_path_add"
@@ -168,6 +169,7 @@ class _DropPathAdd(torch.autograd.Function):
 
 
 @_common.overridable
+@remembers_inference
 def drop_path_add(
     residual: torch.Tensor,
     branch: torch.Tensor,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from bbfast import dispatch, env
 from bbfast.ops import _common, _pointwise
 from bbfast.ops._drop_path import scaled_dtype
+from bbfast.ops._repeated import remembers_inference
 from bbfast.ops.drop_path_add import drop_path_add
 from bbfast.reference.activation import IN_PLACE_ACTIVATIONS, activation
 from bbfast.reference.linear_act import linear_act as reference
@@ -123,6 +124,7 @@ def _compose_inference(x, weight, bias, layer_scale, residual, act) -> torch.Ten
 
 
 @_common.overridable
+@remembers_inference
 def linear_act(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -12,6 +12,7 @@ import torch
 from bbfast import dispatch, env
 from bbfast.ops import _common, _pointwise
 from bbfast.ops._drop_path import scaled_dtype
+from bbfast.ops._repeated import remembers_inference
 from bbfast.ops.add_layer_norm import add_layer_norm, check_eps
 from bbfast.ops.linear_act import linear_act
 from bbfast.reference.mlp import mlp as reference
@@ -161,6 +162,7 @@ def _compose(
 
 
 @_common.overridable
+@remembers_inference
 def mlp(
     x: torch.Tensor,
     fc1_weight: torch.Tensor,

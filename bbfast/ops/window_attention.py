@@ -11,6 +11,7 @@ import torch
 
 from bbfast import dispatch, extension
 from bbfast.ops import _common, _windows
+from bbfast.ops._repeated import remembers_inference
 from bbfast.reference.window_attention import window_attention as reference
 from bbfast.reference.window_attention import window_attention_backward as reference_backward
 
@@ -232,6 +233,7 @@ class _WindowAttention(torch.autograd.Function):
 
 
 @_common.overridable
+@remembers_inference
 def window_attention(
     qkv: torch.Tensor,
     relative_position_bias_table: torch.Tensor,
