@@ -93,6 +93,35 @@ def test_sum_partials(num_partials, columns, device, monkeypatch):
     assert torch.equal(ours, kernels.sum_partials(partials))
 
 
+@pytest.mark.parametrize("num_partials, columns", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sum_partials_into(num_partials, columns, dtype, device, monkeypatch):
+    partials = torch.randn(num_partials, 2 * columns, device=device)
+    expected = kernels.sum_partials(partials)
+    poison_new_empty(monkeypatch)
+    for channels in {1, columns}:
+        first, second = (torch.full((channels,), torch.nan, dtype=dtype, device=device) for _ in range(2))
+        assert torch.equal(kernels.sum_partials_into(partials, first, second, keep_sums=True), expected)
+        assert torch.equal(first, expected[:channels].to(dtype))
+        assert torch.equal(second, expected[columns:][:channels].to(dtype))
+        second.fill_(torch.nan)
+        assert kernels.sum_partials_into(partials, None, second) is None
+        assert torch.equal(second, expected[columns:][:channels].to(dtype))
+    first = torch.full((2 * columns,), torch.nan, dtype=dtype, device=device)
+    kernels.sum_partials_into(partials, first)
+    assert torch.equal(first, expected.to(dtype))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("taps", [(3, 5), (1, 2), (7, 7)])
+def test_sum_taps_into(taps, channels_last, device):
+    partials = torch.randn(5, *taps, 24, device=device)
+    grad_weight = torch.full((19, 1, *(taps if channels_last else taps[::-1])), torch.nan, device=device)
+    kernels.sum_taps_into(partials, grad_weight, channels_last)
+    sums = kernels.sum_partials(partials.flatten(1)).view(partials.shape[1:])[..., :19]
+    assert torch.equal(grad_weight, sums.permute((2, 0, 1) if channels_last else (2, 1, 0)).unsqueeze(1))
+
+
 def test_merge_welford(device):
     """The helper inside a kernel: two sets, one empty set, two empty sets."""
     import triton

@@ -24,7 +24,7 @@ def test_repeated_calls_launch_what_written_ones_do():
     command = [sys.executable, str(ROOT / "tests" / "replayed_launches.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(", repeated\n") >= 17
+    assert done.stdout.count(", repeated\n") == 23
 
 
 @pytest.fixture

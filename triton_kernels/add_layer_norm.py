@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from . import tuned
-from .batch_statistics import sum_partials
+from .batch_statistics import sum_partials_into
 from .channel_tile import multiprocessors
 from .integers import cdiv, is_power_of_2, next_power_of_2
 from .layout import dense, spaced_rows
@@ -396,6 +396,9 @@ def backward(
     grad_residual = new_empty(shape, dtype=residual_dtype)
     grad_branch = None if branch_dtype is None else new_empty(shape, dtype=branch_dtype)
     scaled = grad_branch is not None and layer_scale is not None
+    grad_scale = layer_scale.new_empty(channels) if scaled else None
+    grad_weight = weight.new_empty(channels) if affine_grads and weight is not None else None
+    grad_bias = bias.new_empty(channels) if affine_grads and bias is not None else None
     tensors = (grad_total, grad_norm, total, branch if scaled else None)
     affine_partials = scale_partials = None
     walk = _Walk("backward", total, tensors, reducing=affine_grads or scaled, scaled=scaled)
@@ -417,13 +420,10 @@ def backward(
             *walk.stride_arguments(),
             **walk.constants(),
         )
-        grad_scale = sum_partials(scale_partials).to(layer_scale.dtype) if scaled else None
-        grad_weight = grad_bias = None
+        if scaled:
+            sum_partials_into(scale_partials, grad_scale)
         if affine_grads:
-            sums = sum_partials(affine_partials)
-            grad_weight = None if weight is None else sums[:channels].to(weight.dtype)
-            # A copy, since outputs of an op must not share memory.
-            grad_bias = None if bias is None else sums[channels:].to(bias.dtype, copy=True)
+            sum_partials_into(affine_partials, grad_weight, grad_bias)
     return grad_residual, grad_branch, grad_scale, grad_weight, grad_bias
 
 

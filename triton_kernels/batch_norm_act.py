@@ -23,13 +23,14 @@ import triton
 import triton.language as tl
 
 from .activation import activation, activation_grad
-from .batch_statistics import MAX_REGISTERS, finalize_statistics, sum_partials
+from .batch_statistics import MAX_REGISTERS, finalize_statistics, sum_partials_into
 from .channel_tile import (
     Launch,
     geometry,
     load_per_channel,
     load_tile,
     new_output,
+    num_channels,
     num_positions,
     over_tile,
     store_per_channel,
@@ -281,8 +282,7 @@ def _batch_norm_act_backward_input_kernel(
     spread_ptr,
     weight_ptr,
     bias_ptr,
-    sum_gx_ptr,
-    sum_g_ptr,
+    sums_ptr,
     partials_ptr,
     grad_x_ptr,
     grad_residual_ptr,
@@ -328,8 +328,8 @@ def _batch_norm_act_backward_input_kernel(
     parameters = _load_parameters(mean_ptr, spread_ptr, weight_ptr, bias_ptr, eps, sizes, STATISTICS, WALK)
     scale = parameters[1] * parameters[2]
     if STATISTICS == "batch":
-        mean_gx = over_tile(load_per_channel(sum_gx_ptr, 0.0, sizes, WALK) / count, WALK)
-        mean_g = over_tile(load_per_channel(sum_g_ptr, 0.0, sizes, WALK) / count, WALK)
+        mean_gx = over_tile(load_per_channel(sums_ptr, 0.0, sizes, WALK) / count, WALK)
+        mean_g = over_tile(load_per_channel(sums_ptr + num_channels(sizes, WALK), 0.0, sizes, WALK) / count, WALK)
     if partials_ptr is not None:
         sum_g = zero_tile(WALK)
         sum_gx = zero_tile(WALK)
@@ -458,14 +458,16 @@ def backward(
     parameters = (*statistics, dense(weight), dense(bias))
     channels = x.shape[1]
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        sum_gx = sum_g = partials = None
+        sums = None
+        grads = [None if vector is None else vector.new_empty(channels) for vector in (weight, bias)]
         grad_residual = None if residual is None else new_output(residual, residual.dtype)
         written = grad_residual
         if training:
             # A narrower residual's gradient would lose what dx needs.
             is_early = residual is not None and residual.dtype == grad_y.dtype
             early = grad_residual if is_early else None
-            sum_gx, sum_g = _backward_sums(x, grad_y, residual, parameters, early, kind, eps, act)
+            partials = _backward_sums(x, grad_y, residual, parameters, early, kind, eps, act)
+            sums = sum_partials_into(partials, *grads, keep_sums=True)
             if is_early:
                 grad_y, residual, written, act = grad_residual, None, None, "identity"
 
@@ -477,8 +479,7 @@ def backward(
             merge_samples=True,
         )
         split = walked.split(x.device, MOST_PARTIALS if sums_too else MOST_PROGRAMS)
-        if sums_too:
-            partials = x.new_empty((split.programs, 2 * channels), dtype=torch.float32)
+        partials = x.new_empty((split.programs, 2 * channels), dtype=torch.float32) if sums_too else None
         launch_kernel(
             _batch_norm_act_backward_input_kernel,
             (walked.channel_blocks, split.programs),
@@ -486,8 +487,7 @@ def backward(
             grad_y,
             residual,
             *parameters,
-            sum_gx,
-            sum_g,
+            sums,
             partials,
             grad_x,
             written,
@@ -503,14 +503,12 @@ def backward(
             num_warps=walked.tile.num_warps,
         )
         if partials is not None:
-            sum_gx, sum_g = sum_partials(partials).view(2, channels)
-    grad_weight = None if weight is None else sum_gx.to(weight.dtype)
-    grad_bias = None if bias is None else sum_g.to(bias.dtype, copy=True)  # both sums are one tensor
-    return grad_x, grad_weight, grad_bias, grad_residual
+            sum_partials_into(partials, *grads)
+    return grad_x, *grads, grad_residual
 
 
 def _backward_sums(x, grad_y, residual, parameters, grad_residual, kind, eps, act) -> torch.Tensor:
-    """Sums over the batch of g * normalised and of g, fp32 `[2, C]`; writes g to grad_residual where that is given."""
+    """Partial sums over the batch of g * normalised and of g, fp32 `[P, 2 * C]`; writes g to a given grad_residual."""
     channels = x.shape[1]
     others = [x if tensor is None else tensor for tensor in (residual, grad_residual)]
     walked = geometry([x, grad_y, *others], BACKWARD_SUMS, merge_samples=True)
@@ -535,7 +533,7 @@ def _backward_sums(x, grad_y, residual, parameters, grad_residual, kind, eps, ac
         WALK=walked.walk,
         num_warps=walked.tile.num_warps,
     )
-    return sum_partials(partials).view(2, channels)
+    return partials
 
 
 def _statistics(training, mean, invstd, running_mean, running_var):

@@ -98,21 +98,68 @@ def _finalize_statistics_kernel(
         tl.store(running_var_ptr + channel, new_var.to(running_var_ptr.dtype.element_ty), mask=channel_ok)
 
 
-# One program per BLOCK_K columns of partials [P, K]: reads each of its values once, writes BLOCK_K sums.
-# Registers: one tile [BLOCK_P, BLOCK_K] of sums, reduced over its rows at the end.
+@triton.jit
+def _sum_columns(partials_ptr, num_partials, num_columns, column, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Sums [BLOCK_K] of those columns of partials [P, K], each value read once; one tile [BLOCK_P, BLOCK_K] of them."""
+    row = tl.arange(0, BLOCK_P)
+    tile = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    for start in range(0, num_partials, BLOCK_P):
+        ok = (start + row < num_partials)[:, None] & (column < num_columns)[None, :]
+        offset = (start + row).to(tl.int64)[:, None] * num_columns + column[None, :]
+        tile += tl.load(partials_ptr + offset, mask=ok, other=0.0)
+    return tl.sum(tile, axis=0)
+
+
+# One program per BLOCK_K columns of partials [P, K]. Writes their sums to `sums` and to whichever of `first` and
+# `second` they belong to: the second's begin at column `pitch`, and each takes `num_channels`.
 @triton.jit
 def _sum_partials_kernel(
-    partials_ptr, sums_ptr, num_partials, num_columns, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr
+    partials_ptr,
+    sums_ptr,
+    first_ptr,
+    second_ptr,
+    num_partials,
+    num_columns,
+    pitch,
+    num_channels,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     column = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    column_ok = column < num_columns
-    row = tl.arange(0, BLOCK_P)
-    sums = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
-    for start in range(0, num_partials, BLOCK_P):
-        ok = (start + row < num_partials)[:, None] & column_ok[None, :]
-        offset = (start + row).to(tl.int64)[:, None] * num_columns + column[None, :]
-        sums += tl.load(partials_ptr + offset, mask=ok, other=0.0)
-    tl.store(sums_ptr + column, tl.sum(sums, axis=0), mask=column_ok)
+    sums = _sum_columns(partials_ptr, num_partials, num_columns, column, BLOCK_P, BLOCK_K)
+    if sums_ptr is not None:
+        tl.store(sums_ptr + column, sums, mask=column < num_columns)
+    if first_ptr is not None:
+        tl.store(first_ptr + column, sums.to(first_ptr.dtype.element_ty), mask=column < num_channels)
+    if second_ptr is not None:
+        channel = column - pitch
+        in_second = (channel >= 0) & (channel < num_channels)
+        tl.store(second_ptr + channel, sums.to(second_ptr.dtype.element_ty), mask=in_second)
+
+
+# One program per BLOCK_K columns of partials [P, T, S, padded channels]. Writes their sums to a depthwise weight
+# [C, 1, kh, kw], whose taps lie `stride_t` and `stride_s` apart.
+@triton.jit
+def _sum_taps_kernel(
+    partials_ptr,
+    grad_ptr,
+    num_partials,
+    num_columns,
+    padded_channels,
+    num_channels,
+    taps,
+    taps_s,
+    stride_t,
+    stride_s,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    column = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    sums = _sum_columns(partials_ptr, num_partials, num_columns, column, BLOCK_P, BLOCK_K)
+    channel, tap = column % padded_channels, column // padded_channels
+    place = channel * taps + tap // taps_s * stride_t + tap % taps_s * stride_s
+    mask = (column < num_columns) & (channel < num_channels)
+    tl.store(grad_ptr + place, sums.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -225,20 +272,78 @@ def _contiguous(vector: torch.Tensor) -> torch.Tensor:
 
 def sum_partials(partials: torch.Tensor) -> torch.Tensor:
     """Sums fp32 `[P, K]` over P into fp32 `[K]`, in the same order each time."""
-    num_partials, columns = partials.shape
-    sums = partials.new_empty(columns)
-    key = Key("sum_partials", num_partials, columns)
-    config = TUNABLE.config(partials, key, lambda: reduce_config(num_partials, columns))
+    sums = partials.new_empty(partials.shape[1])
+    _launch_sums(partials, sums, None, None)
+    return sums
+
+
+def sum_partials_into(
+    partials: torch.Tensor,
+    first: torch.Tensor | None,
+    second: torch.Tensor | None = None,
+    *,
+    keep_sums: bool = False,
+) -> torch.Tensor | None:
+    """Sums fp32 `[P, 2 * K]` over P in one launch, the first K columns into `first`, the others into `second`.
+
+    Args:
+        partials: `[P, K]` where there is no second.
+        first, second: `[C]` contiguous with C up to K, of any float dtype; what comes after C columns is left out. None
+            for what nobody wants.
+        keep_sums: whether the sums of all columns are returned too, fp32.
+    """
+    sums = partials.new_empty(partials.shape[1]) if keep_sums else None
+    _launch_sums(partials, sums, first, second)
+    return sums
+
+
+def sum_taps_into(partials: torch.Tensor, grad_weight: torch.Tensor, channels_last: bool) -> None:
+    """Sums fp32 `[P, T, S, C or more]` over P into a depthwise weight `[C, 1, kh, kw]`, contiguous, of any float dtype.
+
+    T and S are kh and kw, or kw and kh without `channels_last`.
+    """
+    _, taps_t, taps_s, padded_channels = partials.shape
+    partials = partials.flatten(1)
+    config = _sum_config(partials)
+    launch_kernel(
+        _sum_taps_kernel,
+        (cdiv(partials.shape[1], config.block_k),),
+        partials,
+        grad_weight,
+        *partials.shape,
+        padded_channels,
+        grad_weight.shape[0],
+        taps_t * taps_s,
+        taps_s,
+        *((taps_s, 1) if channels_last else (1, taps_t)),
+        BLOCK_P=config.block_p,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+    )
+
+
+def _launch_sums(partials, sums, first, second) -> None:
+    columns = partials.shape[1]
+    config = _sum_config(partials)
+    channels = next((vector.shape[0] for vector in (first, second) if vector is not None), 0)
     with torch.cuda.device(partials.device) if partials.is_cuda else nullcontext():
         launch_kernel(
             _sum_partials_kernel,
             (cdiv(columns, config.block_k),),
             partials,
             sums,
-            num_partials,
-            columns,
+            first,
+            second,
+            *partials.shape,
+            columns // 2,
+            channels,
             BLOCK_P=config.block_p,
             BLOCK_K=config.block_k,
             num_warps=config.num_warps,
         )
-    return sums
+
+
+def _sum_config(partials: torch.Tensor) -> ReduceConfig:
+    num_partials, columns = partials.shape
+    key = Key("sum_partials", num_partials, columns)
+    return TUNABLE.config(partials, key, lambda: reduce_config(num_partials, columns))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from . import tuned
-from .batch_statistics import MAX_REGISTERS, finalize_statistics, sum_partials
+from .batch_statistics import MAX_REGISTERS, finalize_statistics, sum_partials_into, sum_taps_into
 from .channel_tile import compute_capability
 from .depthwise_conv_kernels import (
     AFFINE_ROWS,
@@ -543,33 +543,37 @@ def backward(
             kind = "none" if running_mean is None else "var"
             packed = _pack(problem, bias, bn_weight, bn_bias, running_mean, running_var, eps, kind)
 
-        only_convolves = act == "identity" and not training and running_mean is None
-        if only_convolves and bias is None and grad_squeeze is None:
-            dz, sums = problem.in_format_of_x(grad_y), None
+        normalises = training or running_mean is not None
+        grad_bias, grad_bn_weight, grad_bn_bias = _empty_like_each(bias, bn_weight, bn_bias)
+        if act == "identity" and not normalises and bias is None and grad_squeeze is None:
+            dz = problem.in_format_of_x(grad_y)
         else:
             dz = new_output(x, grad_y.shape)
-            sums = _conv_grad(problem, packed, grad_y, grad_squeeze, act, None, None) if training else None
-            sums = _conv_grad(problem, packed, grad_y, grad_squeeze, act, sums, dz)
+            grads = (grad_bn_bias, grad_bn_weight) if normalises else (grad_bias, None)
+            if training:
+                partials = _conv_grad(problem, packed, grad_y, grad_squeeze, act, None, None)
+                sums = sum_partials_into(partials, *grads, keep_sums=True)
+                _conv_grad(problem, packed, grad_y, grad_squeeze, act, sums, dz)
+            else:
+                partials = _conv_grad(problem, packed, grad_y, grad_squeeze, act, None, dz)
+                sums = sum_partials_into(partials, *grads, keep_sums=normalises and bias is not None)
         grad_x = _input_grad(problem, packed, dz) if needs_input_grad else None
         grad_weight = _weight_grad(problem, dz) if needs_weight_grad else None
 
-        sum_g, sum_gn = (None, None) if sums is None else sums[:, : problem.channels]
-        grad_bias = None
-        if bias is not None:
-            # The batch's mean takes the bias out again, so in training nothing depends on it.
+        if bias is not None and training:  # the batch's mean takes it out again, so nothing depends on it
+            grad_bias.zero_()
+        elif bias is not None and normalises:
             scale = packed[len(packed) - AFFINE_ROWS + SCALE.value, : problem.channels]
-            grad_bias = torch.zeros_like(bias) if training else (scale * sum_g).to(bias.dtype)
-    return (
-        grad_x,
-        grad_weight,
-        grad_bias,
-        None if bn_weight is None else sum_gn.to(bn_weight.dtype, copy=True),
-        None if bn_bias is None else sum_g.to(bn_bias.dtype, copy=True),
-    )
+            torch.mul(scale, sums[: problem.channels], out=grad_bias)
+    return grad_x, grad_weight, grad_bias, grad_bn_weight, grad_bn_bias
+
+
+def _empty_like_each(*vectors):
+    return [None if vector is None else vector.new_empty(vector.shape) for vector in vectors]
 
 
 def _conv_grad(problem, packed, grad_y, grad_squeeze, act, sums, dz):
-    """Writes dz where given; returns the sums [2, padded channels] of g and g * normalised unless they are given."""
+    """Writes dz where given; returns partial sums [P, 2 * padded channels] of g and g * normalised without `sums`."""
     x = problem.x
     cut = problem.cut("conv_grad")
     partials = None
@@ -602,7 +606,7 @@ def _conv_grad(problem, packed, grad_y, grad_squeeze, act, sums, dz):
         ACT=act,
         **problem.constants(cut.config, vector),
     )
-    return sums if partials is None else sum_partials(partials).view(2, cut.padded_channels)
+    return partials
 
 
 def _taps_by_residue(kernel: int, stride: int, dilation: int, padding: int) -> tuple[tuple[int, ...], int]:
@@ -650,7 +654,7 @@ def _weight_grad(problem, dz):
     x, (kernel_t, kernel_s) = problem.x, problem.ts(problem.kernel)
     cut = problem.cut("weight_grad")
     row_groups = cdiv(kernel_t, cut.config.rows)
-    partials = x.new_empty((cut.programs, kernel_t * kernel_s * cut.padded_channels), dtype=torch.float32)
+    partials = x.new_empty((cut.programs, kernel_t, kernel_s, cut.padded_channels), dtype=torch.float32)
     vector = problem.vector(x, dz)
     launch_kernel(
         _weight_grad_kernel,
@@ -671,6 +675,6 @@ def _weight_grad(problem, dz):
         ROWS=cut.config.rows,
         **problem.constants(cut.config, vector),
     )
-    taps = sum_partials(partials).view(kernel_t, kernel_s, cut.padded_channels)[:, :, : problem.channels]
-    taps = taps.permute(2, 0, 1) if problem.channels_last else taps.permute(2, 1, 0)
-    return problem.weight.new_empty(problem.weight.shape).copy_(taps.unsqueeze(1))
+    grad_weight = problem.weight.new_empty(problem.weight.shape)
+    sum_taps_into(partials, grad_weight, problem.channels_last)
+    return grad_weight

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .batch_statistics import MAX_REGISTERS, sum_partials
+from .batch_statistics import MAX_REGISTERS, sum_partials_into
 from .channel_tile import (
     Launch,
     flat_samples,
@@ -216,6 +216,7 @@ def backward(
     then has grad_y's memory format.
     """
     grad_branch = new_output(grad_y if branch is None else branch, branch_dtype)
+    grad_scale = None if layer_scale is None else layer_scale.new_empty(layer_scale.shape)
     tensors = [grad_branch, grad_y, grad_branch if layer_scale is None else branch]
     if layer_scale is None:
         tensors = flat_samples(tensors)
@@ -244,5 +245,6 @@ def backward(
             num_warps=walked.tile.num_warps,
             maxnreg=MAX_REGISTERS,
         )
-        grad_scale = None if layer_scale is None else sum_partials(partials).to(layer_scale.dtype)
+        if layer_scale is not None:
+            sum_partials_into(partials, grad_scale)
     return grad_branch, grad_scale
