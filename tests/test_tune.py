@@ -83,7 +83,7 @@ def test_without_files_the_heuristic_decides_once_per_key(folders):
 def test_the_users_files_win_over_packaged_ones(folders):
     user, packaged = folders
     other = KEY._replace(num_columns=64)
-    write(packaged, entry(config=batch_statistics.FEW_COLUMNS), entry(key=other))
+    write(packaged, entry(config=batch_statistics.ReduceConfig(256, 8, 8)), entry(key=other))
     write(user, entry())
     assert look_up() == BEST and look_up(other) == BEST
     assert look_up(KEY._replace(num_partials=7)) == "heuristic's"

@@ -40,8 +40,9 @@ def _distances(tile_ptr, num_channels, anchor, ok, ROWS: tl.constexpr):
 
 # One program per BLOCK_C channels. Reads partials [P, 3, C] twice in tiles [BLOCK_P, BLOCK_C] (12 bytes per
 # partial and channel; the second time from the cache), writes mean, invstd and the running statistics.
-# Registers: three partial tiles and the sums [BLOCK_C]. Chan's formula for P sets at once, in two sweeps: the
-# mean from distances to the first set's mean (small numbers, so a large common offset costs no bits), then
+# Registers: three partial tiles and two of sums, reduced over their rows after each sweep: a reduction is a barrier
+# of all warps, which in each round would take longer than the loads. Chan's formula for P sets at once, in two sweeps:
+# the mean from distances to the first set's mean (small numbers, so a large common offset costs no bits), then
 # M2 = sum M2_i + sum n_i (mean_i - mean)^2.
 @triton.jit
 def _finalize_statistics_kernel(
@@ -64,27 +65,29 @@ def _finalize_statistics_kernel(
     row = tl.arange(0, BLOCK_P)
 
     anchor = tl.load(partials_ptr + num_channels + channel, mask=channel_ok, other=0.0)
-    count = tl.zeros((BLOCK_C,), tl.float32)
-    distance = tl.zeros((BLOCK_C,), tl.float32)
+    count_tile = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    distance_tile = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for start in range(0, num_partials, BLOCK_P):
         ok = (start + row < num_partials)[:, None] & channel_ok[None, :]
         tile_ptr = partials_ptr + (start + row).to(tl.int64)[:, None] * (ROWS * num_channels) + channel[None, :]
         counts = tl.load(tile_ptr, mask=ok, other=0.0)
         distances = _distances(tile_ptr, num_channels, anchor, ok, ROWS)
-        count += tl.sum(counts, axis=0)
-        distance += tl.sum(tl.where(counts > 0.0, distances * counts, 0.0), axis=0)
+        count_tile += counts
+        distance_tile += tl.where(counts > 0.0, distances * counts, 0.0)
+    count = tl.sum(count_tile, axis=0)
     safe_count = tl.maximum(count, 1.0)
-    distance = distance / safe_count
+    distance = tl.sum(distance_tile, axis=0) / safe_count
     mean = anchor + distance
 
-    m2 = tl.zeros((BLOCK_C,), tl.float32)
+    m2_tile = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for start in range(0, num_partials, BLOCK_P):
         ok = (start + row < num_partials)[:, None] & channel_ok[None, :]
         tile_ptr = partials_ptr + (start + row).to(tl.int64)[:, None] * (ROWS * num_channels) + channel[None, :]
         counts = tl.load(tile_ptr, mask=ok, other=0.0)
         m2s = tl.load(tile_ptr + 2 * num_channels, mask=ok, other=0.0)
         away = _distances(tile_ptr, num_channels, anchor, ok, ROWS) - distance[None, :]
-        m2 += tl.sum(tl.where(counts > 0.0, m2s + away * away * counts, 0.0), axis=0)
+        m2_tile += tl.where(counts > 0.0, m2s + away * away * counts, 0.0)
+    m2 = tl.sum(m2_tile, axis=0)
 
     tl.store(mean_ptr + channel, mean, mask=channel_ok)
     tl.store(invstd_ptr + channel, tl.div_rn(1.0, tl.sqrt_rn(m2 / safe_count + eps)), mask=channel_ok)
@@ -162,6 +165,9 @@ def _sum_taps_kernel(
     tl.store(grad_ptr + place, sums.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
+MAX_REGISTERS = 255  # of a thread
+
+
 @dataclass(frozen=True)
 class ReduceConfig:
     """Tile of a second-stage reduction: `block_p` partials by `block_k` columns."""
@@ -172,20 +178,26 @@ class ReduceConfig:
 
 
 # 8 columns are one 32-byte sector: few columns are read by few programs, so each takes many rows at once.
-FEW_COLUMNS = ReduceConfig(block_p=256, block_k=8, num_warps=8)
+SECTOR = 8
+MOST_ROWS = 1024
+ELEMENTS_PER_THREAD = 16
 MANY_COLUMNS = ReduceConfig(block_p=64, block_k=64, num_warps=4)
-
-
-# The hardware's own limit, named, since ptxas left alone prefers fewer on sm_100 and spills 8 to 16 bytes.
-MAX_REGISTERS = 255
 
 # What a measured configuration may ask for at most.
 MOST_ELEMENTS = 8192
 
 
 def reduce_config(num_partials: int, num_columns: int) -> ReduceConfig:
-    """Wide tiles where there are columns enough to fill a GPU with programs, else tall ones."""
-    return MANY_COLUMNS if num_columns >= 16384 or num_partials <= 64 else FEW_COLUMNS
+    """Wide tiles where there are columns enough to fill a GPU with programs, else tall ones, of all rows at best."""
+    if num_columns >= 16384 or num_partials <= 64:
+        return MANY_COLUMNS
+    block_p = min(triton.next_power_of_2(num_partials), MOST_ROWS)
+    return ReduceConfig(block_p, SECTOR, num_warps=max(4, block_p * SECTOR // (32 * ELEMENTS_PER_THREAD)))
+
+
+def _max_registers(num_warps: int) -> int:
+    """The hardware's own limit, named, since ptxas left alone prefers fewer on sm_100 and spills 8 to 16 bytes."""
+    return min(MAX_REGISTERS, 65536 // (32 * num_warps))
 
 
 class Key(NamedTuple):
@@ -198,7 +210,7 @@ class Key(NamedTuple):
 
 def _neighbours(key: Key, config: ReduceConfig) -> Iterator[ReduceConfig]:
     """The other shape of tile, and tiles and warps half and twice as many."""
-    yield from (FEW_COLUMNS, MANY_COLUMNS)
+    yield from (ReduceConfig(256, SECTOR, 8), MANY_COLUMNS)
     yield from tuned.halved_and_doubled(config, "block_p", "block_k", "num_warps")
 
 
@@ -258,7 +270,7 @@ def finalize_statistics(
             BLOCK_P=config.block_p,
             BLOCK_C=config.block_k,
             num_warps=config.num_warps,
-            maxnreg=MAX_REGISTERS,
+            maxnreg=_max_registers(config.num_warps),
         )
     for original, updated in zip((running_mean, running_var), running):
         if updated is not original:
