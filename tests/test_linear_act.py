@@ -13,7 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from bbfast import dispatch, exportable
 from bbfast.nn import ConvNeXtBlock, LinearAct, SwinBlock, apply_linear_act
-from bbfast.ops import linear_act
+from bbfast.ops import _onednn, linear_act
 from bbfast.reference.activation import ACTIVATIONS
 from bbfast.reference.linear_act import linear_act as reference
 
@@ -121,6 +121,42 @@ def test_what_the_kernel_leaves_to_torch(k, n, dtype, monkeypatch, device):
     tensors = inputs((5,), k, n, dtype, device)
     with torch.no_grad():
         expect(call(*tensors), tensors, "gelu")
+
+
+@pytest.mark.parametrize("scaled, residual", list(itertools.product((False, True), repeat=2)))
+def test_onednn_on_the_cpu(scaled, residual, monkeypatch):
+    tensors = inputs((4, 9), 128, 40, torch.float32, "cpu", scaled=scaled, residual=residual)
+    if reasons := _onednn.linear_unsupported_reasons(*tensors[:2]):
+        pytest.skip("; ".join(reasons))
+    use_backend(monkeypatch, "onednn", "cpu")
+    kept = [None if tensor is None else tensor.clone() for tensor in tensors]
+    for act in ACTIVATIONS:
+        for x in (tensors[0], tensors[0].transpose(0, 1).contiguous().transpose(0, 1)):
+            with torch.no_grad():
+                y = call(x, *tensors[1:], act)
+            expect(y, tensors, act, act)
+            assert y.is_contiguous() and dispatch.last_choices()["linear_act"].backend == "onednn"
+    if residual:  # what is wider than the product is not written over it
+        with torch.no_grad():
+            assert call(*tensors[:4], tensors[4].double()).dtype == torch.float64
+    for tensor, before in zip(tensors, kept):
+        assert tensor is None or torch.equal(tensor, before)
+
+
+@pytest.mark.parametrize(
+    "rows, k, dtype, transposed",
+    [(31, 128, torch.float32, False), (32, 127, torch.float32, False), (40, 128, torch.float64, False)]
+    + [(40, 128, torch.float32, True)],
+    ids=str,
+)
+def test_what_onednn_leaves_to_torch(rows, k, dtype, transposed, monkeypatch):
+    monkeypatch.delenv("BBFAST_BACKEND", raising=False)
+    tensors = inputs((rows,), k, 24, dtype, "cpu")
+    if transposed:
+        tensors[1] = tensors[1].t().contiguous().t()
+    with torch.no_grad():
+        expect(call(*tensors), tensors, "gelu")
+    assert dispatch.last_choices()["linear_act"].backend == "torch"
 
 
 # ---- torch.library, autograd, compile, autocast ----------------------------------------------------------

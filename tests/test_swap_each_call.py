@@ -217,8 +217,9 @@ def test_the_perceptron_is_two_ops(make, monkeypatch):
     calls, linear_act = [], ops.linear_act
     monkeypatch.setattr(ops, "linear_act", lambda *args, **named: calls.append(named) or linear_act(*args, **named))
     swapped(make)
-    first, second = calls
+    *_, first, second = calls  # after those of the attention
     assert first["act"] == "gelu" and first["residual"] is None and second["residual"] is not None
+    assert sum(named["act"] == "gelu" for named in calls) == 1
 
 
 def test_a_hook_in_the_innermost_module_compiles_anew():

@@ -22,6 +22,7 @@ from bbfast.models._registry import register_model_deprecations
 from bbfast.models._swin_weights import adapt_state_dict, resample_patch_embed
 from bbfast.nn._arguments import check_bool, check_int, check_ints, check_probability
 from bbfast.nn.add_layer_norm import apply_layer_norm
+from bbfast.nn.linear_act import apply_linear
 from bbfast.nn.swin_block import SwinBlock
 from bbfast.nn.window_attention import WindowAttention
 from bbfast.ops._common import overridable, pair
@@ -131,7 +132,7 @@ class PatchMerging(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, H, W, dim]` to `[B, ceil(H / 2), ceil(W / 2), out_dim]`."""
         squares = _squares_when_compiled(x) if torch.compiler.is_compiling() else _squares(x)
-        return self.reduction(apply_layer_norm(self.norm, squares))
+        return apply_linear(self.reduction, apply_layer_norm(self.norm, squares))
 
 
 @overridable

@@ -9,7 +9,7 @@ from bbfast.nn.depthwise_conv_bn_act import DepthwiseConvBNAct, apply_depthwise_
 from bbfast.nn.drop_path_add import DropPath, DropPathAdd
 from bbfast.nn.folded_batch_norm import BATCH_NORMS, FoldedBatchNorm2d
 from bbfast.nn.global_response_norm import GlobalResponseNorm
-from bbfast.nn.linear_act import LinearAct, apply_linear_act
+from bbfast.nn.linear_act import LinearAct, apply_linear, apply_linear_act, linear
 from bbfast.nn.mlp import Mlp, apply_mlp
 from bbfast.nn.squeeze_excite import apply_gate, apply_squeeze_excite, squeeze_excite_gate
 from bbfast.nn.swin_block import SwinBlock
@@ -42,10 +42,12 @@ __all__ = [
     "apply_conv_bn_act",
     "apply_depthwise_conv_bn_act",
     "apply_gate",
+    "apply_linear",
     "apply_linear_act",
     "apply_mlp",
     "apply_squeeze_excite",
     "convert_sync_batchnorm",
+    "linear",
     "squeeze_excite_gate",
     "to_inference_layout",
 ]

@@ -9,7 +9,7 @@ from torch import nn
 from bbfast import ops
 from bbfast.nn._arguments import check_int, check_probability
 from bbfast.nn._relative_position import resize_relative_position_bias_table
-from bbfast.nn.linear_act import apply_linear_act, only_runs
+from bbfast.nn.linear_act import apply_linear, apply_linear_act, only_runs
 from bbfast.ops._common import check_tensor, pair
 from bbfast.ops.window_attention import PAD_ORDERS, explain_plain_attention
 from bbfast.reference.window_attention import Windows, relative_position_index
@@ -89,9 +89,9 @@ class WindowAttention(nn.Module):
         if mask is not None or self._attn_drop_rate():
             explain_plain_attention(windows, attn_drop=self._attn_drop_rate(), foreign_mask=mask is not None)
             return self._forward_plainly(windows, mask)
-        maps = self.qkv(windows).unflatten(1, self.window_size)  # a map of one window each
+        maps = apply_linear(self.qkv, windows).unflatten(1, self.window_size)  # a map of one window each
         y = self._fused(maps, shift_size=(0, 0), pad_order="shift_then_pad").flatten(1, 2)
-        return self.proj_drop(self.proj(y))
+        return self.proj_drop(apply_linear(self.proj, y))
 
     def _check(self, windows, mask) -> None:
         height, width = self.window_size
@@ -132,14 +132,14 @@ class WindowAttention(nn.Module):
     def _forward_plainly(self, windows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """With dropout of weights or a mask of the caller's, which the op does not know."""
         count, tokens, _ = windows.shape
-        q, k, v = self.qkv(windows).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = apply_linear(self.qkv, windows).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         index = relative_position_index(self.window_size, device=windows.device)
         scores = (q * self.scale) @ k.transpose(2, 3) + self.relative_position_bias_table[index].permute(2, 0, 1)
         if mask is not None:
             by_image = scores.view(-1, len(mask), self.num_heads, tokens, tokens) + mask[:, None]
             scores = by_image.view(count, self.num_heads, tokens, tokens)
         weights = F.dropout(scores.softmax(3), self.attn_drop.p, self.training)
-        return self.proj_drop(self.proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)))
+        return self.proj_drop(apply_linear(self.proj, (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, window_size={self.window_size}"
@@ -197,10 +197,10 @@ class ShiftedWindowAttention(WindowAttention):
         if self._attn_drop_rate():
             y = self._forward_by_windows(x)
         else:
-            y = self._fused(self.qkv(x), shift_size=self.shift_size, pad_order=self.pad_order)
+            y = self._fused(apply_linear(self.qkv, x), shift_size=self.shift_size, pad_order=self.pad_order)
             if residual is not None and self._projection_is_all():
                 return apply_linear_act(self.proj, y, residual=residual)
-            y = self.proj_drop(self.proj(y))
+            y = self.proj_drop(apply_linear(self.proj, y))
         return y if residual is None else residual + y
 
     def _projection_is_all(self) -> bool:

@@ -1,4 +1,6 @@
-"""Convolutions on the CPU through oneDNN, BatchNorm folded into weight and bias, the activation fused.
+"""Convolutions and linear layers on the CPU through oneDNN.
+
+A convolution takes BatchNorm along, folded into weight and bias, and where it may the activation.
 
 BatchNorm is folded in each call (about 20 microseconds per layer, 3% of a MobileNetV3) and never cached:
 edits through `parameter.data`, as averaging and checkpoint code makes them, leave the tensor's version
@@ -6,6 +8,8 @@ counter alone, so no key can tell that a cached fold is stale.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +25,15 @@ _FUSED_ACTIVATIONS = {
     "silu": ("swish", [], ""),
 }
 
+# Linear layers smaller than that gain nothing over torch's own, which is MKL's product.
+LEAST_ROWS = 32
+LEAST_SUMMED = 128
+
 
 def unsupported_reasons(x: torch.Tensor) -> list[str]:
     """Why oneDNN's fused convolution cannot run on `x` (empty: it can)."""
-    if x.device.type != "cpu":
-        return [f"x is on {x.device}; oneDNN runs on the CPU"]
-    if not torch.backends.mkldnn.is_available():
-        return ["this torch is built without oneDNN"]
-    if not torch._C._get_mkldnn_enabled():
-        return ["oneDNN is switched off (torch.backends.mkldnn.enabled is False)"]
-    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        return ["this torch has no mkldnn::_convolution_pointwise"]
+    if reason := _why_unavailable(x, "_convolution_pointwise"):
+        return [reason]
     if x.dtype == torch.float32:
         return []
     if x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -39,6 +41,45 @@ def unsupported_reasons(x: torch.Tensor) -> list[str]:
     if x.dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
         return []
     return [f"x has dtype {x.dtype}, which oneDNN's convolution does not take on this CPU"]
+
+
+def linear_unsupported_reasons(x: torch.Tensor, weight: torch.Tensor) -> list[str]:
+    """Why a linear layer of `x` `[..., K]` and `weight` `[N, K]` should not go to oneDNN (empty: it should)."""
+    if reason := _why_unavailable(x, "_linear_pointwise"):
+        return [reason]
+    reasons = []
+    if x.dtype != torch.float32:
+        reasons.append(f"x has dtype {x.dtype}; torch itself runs linear layers of others than float32 on oneDNN")
+    if not weight.is_contiguous():
+        reasons.append("weight is not contiguous")
+    if x.shape[-1] < LEAST_SUMMED or x.numel() < LEAST_ROWS * x.shape[-1]:
+        reasons.append(f"fewer than {LEAST_ROWS} rows or {LEAST_SUMMED} channels, where oneDNN gains nothing over MKL")
+    if not _has_avx512():
+        reasons.append("the CPU has no AVX-512, and without it oneDNN and MKL were not compared")
+    return reasons
+
+
+def _why_unavailable(x: torch.Tensor, op: str) -> str | None:
+    """Why this torch's `mkldnn::op` cannot take x at all; None if it can."""
+    if x.device.type != "cpu":
+        return f"x is on {x.device}; oneDNN runs on the CPU"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch is built without oneDNN"
+    if not torch._C._get_mkldnn_enabled():
+        return "oneDNN is switched off (torch.backends.mkldnn.enabled is False)"
+    if not hasattr(torch.ops.mkldnn, op):
+        return f"this torch has no mkldnn::{op}"
+    return None
+
+
+@functools.cache
+def _has_avx512() -> bool:
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x @ weight.T + bias`, contiguous, no gradients. The bias is added where the sums are, not in a pass before."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def conv_bn_act(

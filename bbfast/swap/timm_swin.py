@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from bbfast import dispatch, ops
-from bbfast.nn import apply_linear_act
+from bbfast.nn import apply_linear, apply_linear_act
 from bbfast.reference.window_attention import Windows, relative_position_index
 from bbfast.swap._blocks import add_branch, add_perceptron, draw_mask, perceptron_is_one_kernel
 from bbfast.swap._fast import Fast, register, unsupported
@@ -133,7 +133,7 @@ class FastSwinTransformerBlock(Fast, SwinTransformerBlock):
             branch = self._attn(x)
             return branch if shortcut is None else shortcut + branch
         y = ops.window_attention(
-            attn.qkv(x),
+            apply_linear(attn.qkv, x),
             attn.relative_position_bias_table,
             num_heads=attn.num_heads,
             window_size=self.window_size,

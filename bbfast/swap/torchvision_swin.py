@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformerBlock
 from torchvision.ops.misc import MLP
 
 from bbfast import ops
+from bbfast.nn import linear
 from bbfast.reference.window_attention import relative_position_index
 from bbfast.swap._blocks import PERCEPTRONS, add_branch, add_perceptron, draw_mask, perceptron_is_one_kernel
 from bbfast.swap._fast import Fast, register, unsupported
@@ -46,7 +46,7 @@ class FastShiftedWindowAttention(Fast, ShiftedWindowAttention):
             # Weights would have to be dropped inside the op; and what is drawn for windows is not for a map.
             return ShiftedWindowAttention.forward(self, x)
         y = ops.window_attention(
-            F.linear(x, self.qkv.weight, self.qkv.bias),
+            linear(x, self.qkv.weight, self.qkv.bias),
             self.relative_position_bias_table,
             num_heads=self.num_heads,
             window_size=tuple(self.window_size),
@@ -54,7 +54,7 @@ class FastShiftedWindowAttention(Fast, ShiftedWindowAttention):
             qkv_bias=self.qkv.bias,
             pad_order="pad_then_shift",
         )
-        return F.linear(y, self.proj.weight, self.proj.bias)
+        return linear(y, self.proj.weight, self.proj.bias)
 
     def _shift_on(self, x: torch.Tensor) -> tuple[int, int]:
         """A window that holds the whole map along an axis does not shift along it."""

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from bbfast import ops
+from bbfast.nn import linear
 from bbfast.swap._blocks import draw_mask
 from bbfast.swap._fast import Fast
 from bbfast.swap._lending import has_hooks, lender
@@ -119,8 +120,8 @@ def _packed(layers: tuple[nn.Linear, ...], x: torch.Tensor) -> tuple[torch.Tenso
     biases = [layer.bias for layer in layers]
     bias = None if biases[0] is None else torch.cat(biases)
     if torch.compiler.is_compiling() or x.shape[:3].numel() >= x.shape[3]:
-        return F.linear(x, torch.cat([layer.weight for layer in layers]), bias), bias
-    return torch.cat([F.linear(x, layer.weight, layer.bias) for layer in layers], dim=-1), bias
+        return linear(x, torch.cat([layer.weight for layer in layers]), bias), bias
+    return torch.cat([linear(x, layer.weight, layer.bias) for layer in layers], dim=-1), bias
 
 
 def fits(layer: nn.Module, attention: Attention) -> bool:
