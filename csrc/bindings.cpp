@@ -4,6 +4,7 @@
 #include <torch/version.h>
 
 #include "build_config.h"  // written by setup.py
+#include "call_key.h"
 #include "depthwise_conv_bn_act.h"
 #include "grouped_conv_bn_act.h"
 #include "im2col_conv_bn_act.h"
@@ -127,6 +128,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "bbfast's C++ and CUDA kernels; use them through bbfast.ops.";
   m.def("build_info", &build_info, "What this library was built with, as a dict.");
   m.def("device_info", &device_info, "(list of a dict per GPU, reason why it is empty or None).");
+  m.def("call_key", &call_key, py::arg("args"), py::arg("kwargs"), py::arg("generation"),
+        "What a call of an op in inference may depend on, or None where it must run as it is written.");
   m.def("depthwise_conv_bn_act", &depthwise, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("bn_weight"),
         py::arg("bn_bias"), py::arg("running_mean"), py::arg("running_var"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("eps"), py::arg("act"), py::arg("squeeze"),

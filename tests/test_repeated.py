@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 from interpreted_replays import repeat_interpreted
@@ -11,7 +12,8 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import bbfast
-from bbfast import dispatch, ops
+from bbfast import dispatch, extension, ops
+from bbfast.ops import _repeated
 from bbfast.triton_kernels import replay
 
 pytest.importorskip("triton")
@@ -20,6 +22,8 @@ HALF = torch.float16
 
 @pytest.fixture(autouse=True)
 def repeating(monkeypatch):
+    if reason := extension.unavailable_reason():
+        pytest.skip(reason)
     if torch.cuda.is_available():
         pytest.skip("tests/test_swap_gpu.py and the ops' own tests repeat calls there; this interprets kernels")
     repeat_interpreted(monkeypatch)
@@ -145,6 +149,66 @@ def test_models_repeat_their_calls(name, monkeypatch):
         monkeypatch.setattr(replay, "enabled", False)
         for result, wanted in zip(y, model(x), strict=True):
             assert torch.equal(result, wanted)
+
+
+# ---- keys --------------------------------------------------------------------------------------------------
+
+
+def key(*args, **kwargs):
+    return _repeated._key(args, kwargs)
+
+
+def test_keys_tell_calls_apart(monkeypatch):
+    x, y = torch.randn(4, 6), torch.randn(4, 6)
+    wanted = key(x, y, None, 1e-5, "relu", (1, 1), eps=1.0)
+    assert wanted == key(torch.randn(4, 6), torch.randn(4, 6), None, 1e-5, "relu", [1, 1], eps=1.0)
+    keys = [
+        key(x, x, None, 1e-5, "relu", (1, 1), eps=1.0),  # one tensor in two places
+        key(x, y[:3], None, 1e-5, "relu", (1, 1), eps=1.0),
+        key(x, y.double(), None, 1e-5, "relu", (1, 1), eps=1.0),
+        key(x, torch.randn(6, 4).T, None, 1e-5, "relu", (1, 1), eps=1.0),
+        key(x, torch.randn(25)[1:].view(4, 6), None, 1e-5, "relu", (1, 1), eps=1.0),  # not aligned
+        key(x, y.view(4, 6, 1), None, 1e-5, "relu", (1, 1), eps=1.0),
+        key(x, None, y, 1e-5, "relu", (1, 1), eps=1.0),
+        key(x, y, None, 1e-6, "relu", (1, 1), eps=1.0),
+        key(x, y, None, 1e-5, "gelu", (1, 1), eps=1.0),
+        key(x, y, None, 1e-5, "relu", (1, 2), eps=1.0),
+        key(x, y, None, 1e-5, "relu", (1, True), eps=1.0),
+        key(x, y, None, 1e-5, "relu", (1, 1.0), eps=1.0),
+        key(x, y, None, 1e-5, "relu", (1, 1), eps=1),
+        key(x, y, None, 1e-5, "relu", (1, 1), eps=True),
+        key(x, y, None, 1e-5, "relu", (1, 1), eps=None),
+        key(x, y, None, 1e-5, "relu", (1, 1), eps=torch.float32),
+        key(x, y, None, 1e-5, "relu", (1, 1), epsilon=1.0),
+        key(x, y, None, 1e-5, "relu", (1, 1), 1.0),
+        key(x, y, None, 1e-5, "relu", 1, 1, eps=1.0),
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        keys.append(key(x, y, None, 1e-5, "relu", (1, 1), eps=1.0))
+    with torch.autocast("cpu", torch.float16):
+        keys.append(key(x, y, None, 1e-5, "relu", (1, 1), eps=1.0))
+    monkeypatch.setenv("BBFAST_BACKEND", "triton")
+    keys.append(key(x, y, None, 1e-5, "relu", (1, 1), eps=1.0))
+    assert None not in keys and len({wanted, *keys}) == 1 + len(keys)
+
+
+def test_what_cannot_be_told_apart_has_no_key(monkeypatch):
+    x = torch.randn(4, 6)
+
+    class Other(torch.Tensor):
+        pass
+
+    others = (x.as_subclass(Other), object(), (x, x), {}, np.float64(1), torch.empty(0), x.to_sparse(), x.to("meta"))
+    for other in others:
+        assert key(x, other) is None and key(x, other=other) is None
+    assert key(1, x) is None and key() is None
+    assert key(x, torch.nn.Parameter(x)) is None  # wants a gradient
+    with torch.no_grad():
+        assert key(x, torch.nn.Parameter(x)) is not None
+    with torch.inference_mode():
+        assert key(x) == key(torch.nn.Parameter(torch.randn(4, 6))) != key(x, x)
+    monkeypatch.setattr(extension, "load", lambda: None)
+    assert key(x) is None
 
 
 # ---- calls that run as written -----------------------------------------------------------------------------

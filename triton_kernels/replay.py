@@ -10,15 +10,15 @@ A function that did more than allocate, view and launch (a copy of a tensor in o
 remembered for such tensors, and runs as it is written. So are calls under `tuned.intercepting`, those on tensors
 that are not plain CUDA tensors, and all in Triton's interpreter.
 
-Launchers are decorated with `remembers`. Who calls them through torch.library, and more besides, may keep a `Memory`
-of that whole: it says in a key what a call may depend on, and in `INSIDE` what an operator stands for.
+Launchers are decorated with `remembers`. Who calls them through torch.library, and does more besides, may keep a
+`Memory` of that whole: it says in a key what a call may depend on, and in `INSIDE` what an operator stands for.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,35 +113,32 @@ def may_remember(x: object) -> bool:
     return _is_eligible(x) and enabled and getattr(_state, "recorder", None) is None and not tuned.is_intercepting()
 
 
-def key_of(values: Iterable) -> list | None:
-    """What tensors and constants are, for a key; None where one cannot be told from others."""
-    parts: list = [tuned.generation()]
-    places: dict[int, int] = {}
-    for value in values:
-        kind = type(value)
-        if kind in TENSORS:
-            if value.layout is not torch.strided or (address := value.data_ptr()) == 0:
-                return None
-            # Which tensors are one and the same counts, because launches tell tensors by their addresses.
-            place = places.setdefault(address, len(places))
-            parts += (value.shape, value.stride(), value.dtype, value.device, address % ALIGNMENT, place)
-        elif kind in CONSTANTS:
-            parts += (kind, value)
-        elif kind in (tuple, list) and all(type(item) in CONSTANTS for item in value):
-            parts.append(tuple(value))
-        else:
-            return None
-    return parts
-
-
 def _is_eligible(x: object) -> bool:
     return type(x) in TENSORS and x.is_cuda
 
 
 def _key(args: tuple) -> tuple | None:
     """All that what a launcher does may depend on; None where it should run as it is written."""
-    parts = key_of(args) if may_remember(args[0]) else None
-    return None if parts is None else tuple(parts)
+    if not may_remember(args[0]):
+        return None
+    parts: list = [args[0].device.index, tuned.generation()]
+    places: dict[int, int] = {}
+    for value in args:
+        kind = type(value)
+        if kind in TENSORS:
+            address = value.data_ptr()
+            if address == 0:
+                return None
+            # Which tensors are one and the same counts, because launches tell tensors by their addresses.
+            place = places.setdefault(address, len(places))
+            parts.append((value.shape, value.stride(), value.dtype, address % ALIGNMENT, place))
+        elif kind in CONSTANTS:
+            parts += (kind, value)
+        elif kind in (tuple, list) and all(type(item) in CONSTANTS for item in value):
+            parts.append(tuple(value))
+        else:
+            return None
+    return tuple(parts)
 
 
 # ---- recording -------------------------------------------------------------------------------------------
