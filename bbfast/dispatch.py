@@ -56,6 +56,7 @@ class Backend:
         return Choice(self.name, ())
 
 
+AS_ASKED = Choice("torch", ("BBFAST_BACKEND=torch",))
 TRITON_ON_CPU = "x is on the CPU (kernels need a CUDA tensor, or TRITON_INTERPRET=1)"
 
 _choices: dict[str, Choice] = {}
@@ -77,7 +78,7 @@ def select(op: str, kernels: Sequence[Backend], reference: Callable, *args) -> C
     """
     wanted = env.backend()
     if wanted == "torch":
-        record(op, Choice("torch", ("BBFAST_BACKEND=torch",)))
+        record(op, AS_ASKED)
         return reference
 
     reasons = []

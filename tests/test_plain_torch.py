@@ -178,6 +178,48 @@ def outputs(result) -> tuple[torch.Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
+# ---- gradients on a CPU ----------------------------------------------------------------------------------------
+
+LEFT_TO_AUTOGRAD = {
+    "depthwise_conv_bn_act": lambda: _depthwise(True),
+    "batch_norm_act": lambda: _batch_norm(True),
+    "batch_norm_act with running statistics": lambda: _batch_norm(False),
+    "drop_path_add": _drop_path_add,
+    "add_layer_norm": lambda: _add_layer_norm(True),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_TO_AUTOGRAD)
+def test_gradients_on_a_cpu_are_left_to_autograd(name, monkeypatch):
+    """Same values as the op's own backward has, without its computing again what autograd can keep."""
+    call, tensors = LEFT_TO_AUTOGRAD[name]()
+    op = name.split()[0]
+
+    def run():
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        result = outputs(call(*leaves))
+        return result, torch.autograd.grad(total(result), leaves)
+
+    monkeypatch.setattr(bbfast.env, "TRITON_INTERPRET", True)
+    with swap_parity.backend("torch"):
+        expected = run()
+    monkeypatch.setattr(bbfast.env, "TRITON_INTERPRET", False)
+    with swap_parity.backend("torch"):
+        run()
+        assert dispatch.last_choices()[op] == dispatch.Choice("torch", ("BBFAST_BACKEND=torch",))
+    assert namespaces(call, *[tensor.clone().requires_grad_() for tensor in tensors]) == {"aten"}
+    assert dispatch.last_choices()[op] == dispatch.Choice("torch", (f"triton: {dispatch.TRITON_ON_CPU}",))
+    found = run()
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    for ours, theirs in zip(found[0], expected[0]):
+        assert ours.stride() == theirs.stride()
+
+    monkeypatch.setenv("BBFAST_BACKEND", "triton")
+    monkeypatch.setenv("BBFAST_STRICT", "1")
+    with pytest.raises(dispatch.BackendUnavailableError, match="triton: x is on the CPU"):
+        run()
+
+
 # ---- each op ---------------------------------------------------------------------------------------------------
 
 

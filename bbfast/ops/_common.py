@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from bbfast import env
+from bbfast import dispatch, env
 from bbfast.reference.activation import ACTIVATIONS
 from bbfast.triton_kernels import replay
 from bbfast.triton_kernels.layout import is_channels_last, new_output
@@ -271,6 +271,26 @@ def compiler_fuses(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     is there to run kernels.
     """
     return torch.compiler.is_compiling() and not env.TRITON_INTERPRET and not needs_grad(x, *others)
+
+
+_NO_KERNEL_ON_CPU = dispatch.Choice("torch", (f"triton: {dispatch.TRITON_ON_CPU}",))
+
+
+def left_to_torch(op: str, x: torch.Tensor) -> bool:
+    """Whether `op`, which has no kernel for the CPU, is called there, and with nothing but the reference to choose.
+
+    The reference should then run in the open: with gradients autograd keeps what torch's operators need for their
+    backward, where the op's own would compute it again; torch.compile fuses them; and nothing is dispatched twice.
+    """
+    if not x.is_cpu or env.TRITON_INTERPRET:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    wanted = env.backend()
+    if wanted not in ("auto", "torch") or env.strict():  # who asks for a kernel hears why there is none
+        return False
+    dispatch.record(op, _NO_KERNEL_ON_CPU if wanted == "auto" else dispatch.AS_ASKED)
+    return True
 
 
 def as_output(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

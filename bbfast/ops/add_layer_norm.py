@@ -333,9 +333,8 @@ def add_layer_norm(
         multiplier = sample_multiplier(branch, layer_scale, drop_prob, training, scale_by_keep, mask)
     norm_dtype = _norm_dtype(residual.device.type, _total_dtype(residual, branch, layer_scale))
     args = (residual, branch, multiplier, layer_scale, weight, bias, float(eps), norm_dtype)
-    # Not on a GPU: there Inductor splits the norm into two kernels.
-    left_to_compiler = residual.is_cpu and _common.compiler_fuses(residual, branch, layer_scale, weight, bias)
-    if dispatch.wants_plain_torch() or left_to_compiler:
+    # Compiled on a GPU the op stays: Inductor would split the norm into two kernels.
+    if dispatch.wants_plain_torch() or _common.left_to_torch(OP, residual):
         total, norm, _, _ = reference(*args)
         return (residual if branch is None else total.contiguous()), norm.contiguous()
     if _common.needs_grad(residual, branch, layer_scale, weight, bias):

@@ -249,8 +249,8 @@ def batch_norm_act(
     shape = x.shape
     x, residual = _as_maps(x), None if residual is None else _as_maps(residual)
     tensors = (x, weight, bias, residual)
-    left_to_compiler = not training and (x.is_cpu or act in FUSED_BY_COMPILER) and _common.compiler_fuses(*tensors)
-    if dispatch.wants_plain_torch() or left_to_compiler:
+    left_to_compiler = not training and act in FUSED_BY_COMPILER and _common.compiler_fuses(*tensors)
+    if dispatch.wants_plain_torch() or left_to_compiler or _common.left_to_torch(OP, x):
         y, _, _ = reference(*tensors, running_mean, running_var, training, momentum, eps, act)
         y = in_format_of(x, y)
     elif _common.needs_grad(*tensors):

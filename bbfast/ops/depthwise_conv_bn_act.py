@@ -331,7 +331,8 @@ def depthwise_conv_bn_act(
     tensors = (x, weight, bias, bn_weight, bn_bias)
     statistics = (running_mean, running_var)
     geometry = (stride, padding, dilation)
-    if dispatch.wants_plain_torch():
+    # With running statistics the CPU has a kernel of the forward pass.
+    if dispatch.wants_plain_torch() or (training and _common.left_to_torch(OP, x)):
         y, squeezed, _, _ = reference(*tensors, *statistics, *geometry, training, momentum, eps, act, squeeze)
         y = in_format_of(x, y)
         return (y, squeezed) if squeeze else y

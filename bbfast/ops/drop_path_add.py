@@ -217,7 +217,8 @@ def drop_path_add(
 
     channels_inner = channel_dim != 1
     tensors = (_as_maps(residual, channels_inner), _as_maps(branch, channels_inner), multiplier, layer_scale)
-    if dispatch.wants_plain_torch() or _common.compiler_fuses(residual, branch, layer_scale):
+    left_to_compiler = _common.compiler_fuses(residual, branch, layer_scale)
+    if dispatch.wants_plain_torch() or left_to_compiler or _common.left_to_torch(OP, residual):
         y = in_format_of(tensors[0], reference(*tensors))
     elif _common.needs_grad(residual, branch, layer_scale):
         y = _DropPathAdd.apply(*tensors)
