@@ -102,9 +102,11 @@ class Case:
             assert ours.pop("dbias").abs().max() == 0
         for name, value in ours.items():
             summed = name in ("dweight", "dbias", "dbn_weight", "dbn_bias")
-            # The old mean and the batch's may cancel, and so may the terms of a channel's sum.
+            # The old mean and the batch's may cancel, and so may values in a mean and the terms of a channel's sum.
             terms = {"running_mean": inputs[3]["running_mean"], "dbn_weight": grads[0], "dbn_bias": grads[0]}
             term = terms[name].abs().max().item() if name in terms and terms[name].numel() else 0
+            if name == "running_mean" and value.numel():
+                term = max(term, self.momentum * exact["running_var"].max().sqrt().item())
             assert_within_rule(name, value, exact[name], baseline[name], rows=rows if summed else 1, largest_term=term)
         return ours
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.overrides import has_torch_function_unary
 
 from bbfast import ops
 from bbfast.reference.activation import activation
@@ -44,12 +45,17 @@ class LinearAct(nn.Linear):
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """F.linear: as an op on the CPU, where that has a quicker product, and on a GPU cuBLAS's, as torch has it."""
-    return ops.linear_act(x, weight, bias, act="identity") if x.is_cpu else F.linear(x, weight, bias)
+    return ops.linear_act(x, weight, bias, act="identity") if _is_on_cpu(x) else F.linear(x, weight, bias)
 
 
 def apply_linear(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """`layer(x)`, through `linear` as far as the layer only lends its parameters; see `apply_linear_act`."""
-    return apply_linear_act(layer, x) if x.is_cpu else layer(x)
+    return apply_linear_act(layer, x) if _is_on_cpu(x) else layer(x)
+
+
+def _is_on_cpu(x: torch.Tensor) -> bool:
+    """False for what only stands for a tensor, such as torch.fx traces with."""
+    return not has_torch_function_unary(x) and x.is_cpu
 
 
 def apply_linear_act(
