@@ -15,6 +15,8 @@ from types import ModuleType
 import torch
 
 _NAME = "bbfast._C"
+# What was added last: a build that lacks it is older than the Python around it.
+_NEWEST = "call_key"
 _REBUILD = "rebuild it with `pip install --no-build-isolation -e .` in bbfast's source folder"
 
 
@@ -37,6 +39,8 @@ def load() -> ModuleType | None:
     except Exception as error:
         raise BrokenExtensionError(f"{_NAME} is present but does not load ({error}); {_REBUILD}") from error
     _check_torch(module.build_info()["torch"])
+    if not hasattr(module, _NEWEST):
+        raise BrokenExtensionError(f"{_NAME} was built from older sources, without {_NEWEST}; {_REBUILD}")
     return module
 
 

@@ -62,7 +62,7 @@ class Writer {
   }
 
   bool write(const at::Tensor& t) {
-    if (t.layout() != at::kStrided || (t.requires_grad() && at::GradMode::is_enabled())) return false;
+    if (!is_plain(t) || (t.requires_grad() && at::GradMode::is_enabled())) return false;
     const auto address = reinterpret_cast<uintptr_t>(t.data_ptr());
     if (address == 0) return false;
     tag('T');
@@ -75,6 +75,14 @@ class Writer {
     for (const int64_t size : t.sizes()) write(size);
     for (const int64_t stride : t.strides()) write(stride);
     return true;
+  }
+
+  // Dense memory of the CPU or a CUDA device that holds the values as they are: nothing negated or conjugated when read,
+  // batched, functionalised or fake.
+  static bool is_plain(const at::Tensor& t) {
+    const c10::DispatchKeySet usual = c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
+    const c10::DispatchKey first = (t.key_set() - usual).highestPriorityTypeId();
+    return t.layout() == at::kStrided && (first == c10::DispatchKey::CUDA || first == c10::DispatchKey::CPU);
   }
 
   // Which tensors are one and the same counts, because launches tell tensors by their addresses.
@@ -114,7 +122,7 @@ py::object call_key(const py::tuple& args, const py::dict& kwargs, int64_t gener
   const bool casts = at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
   writer.write(casts ? static_cast<int64_t>(at::autocast::get_autocast_dtype(device)) : -1);
   const char* backend = std::getenv("BBFAST_BACKEND");
-  writer.write(backend == nullptr ? "" : backend);
+  writer.write(backend == nullptr ? "auto" : backend);
 
   for (const py::handle value : args) {
     if (!writer.write(value.ptr())) return py::none();

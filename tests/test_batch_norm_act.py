@@ -8,7 +8,7 @@ from numerics import assert_within_rule, check_op, poison_new_empty
 from torch import nn
 
 import bbfast.nn
-from bbfast import dispatch
+from bbfast import dispatch, env
 from bbfast.ops import batch_norm_act
 from bbfast.reference.activation import ACTIVATIONS
 from bbfast.reference.batch_norm_act import batch_norm_act as reference
@@ -107,6 +107,17 @@ def test_kernels_forward_and_backward(shape, memory_format, training, device, mo
     y = check(tensors, (mean, var), training=training, momentum=0.3, eps=1e-3, act="hardswish")
     expected = torch.channels_last if memory_format.startswith("channels_last") else torch.contiguous_format
     assert y.is_contiguous(memory_format=expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3)])
+@pytest.mark.parametrize("interpret", [False, True])
+def test_the_result_is_never_the_input(shape, interpret, monkeypatch, device):
+    monkeypatch.setattr(env, "TRITON_INTERPRET", interpret)
+    x = torch.randn(shape, device=device)
+    y = batch_norm_act(x, None, None, None, None, act="identity")
+    assert torch.equal(x, y) and x.data_ptr() != y.data_ptr()
+    batch_norm_act(x.requires_grad_(), None, None, None, None, act="identity").mul_(2).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -107,6 +107,9 @@ def test_sum_partials_into(num_partials, columns, dtype, device, monkeypatch):
         second.fill_(torch.nan)
         assert kernels.sum_partials_into(partials, None, second) is None
         assert torch.equal(second, expected[columns:][:channels].to(dtype))
+    monkeypatch.setattr(kernels, "launch_kernel", None)
+    assert kernels.sum_partials_into(partials, None) is None  # nothing is launched for nobody
+    monkeypatch.undo()
     first = torch.full((2 * columns,), torch.nan, dtype=dtype, device=device)
     kernels.sum_partials_into(partials, first)
     assert torch.equal(first, expected.to(dtype))

@@ -923,3 +923,22 @@ def test_bad_input(error, match, changes):
     arguments = {"x": torch.zeros(2, 4, 5, 5), "weight": torch.zeros(6, 4, 1, 1), **bn, **changes}
     with pytest.raises(error, match=match):
         conv_bn_act(**arguments)
+
+
+@needs_onednn
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_bias_of_any_stride(kernel, layout, monkeypatch):
+    """oneDNN itself takes strides for none."""
+    monkeypatch.delenv("BBFAST_BACKEND", raising=False)
+    x, weight, bias = (
+        torch.randn(2, 8, 6, 7).to(memory_format=layout),
+        torch.randn(8, 8, kernel, kernel),
+        torch.randn(16),
+    )
+    for strided in (bias[::2], bias[:1].expand(8)):
+        for groups, op in ((1, conv_bn_act), (8, depthwise_conv_bn_act)):
+            given = weight if groups == 1 else weight[:, :1].contiguous()
+            y = op(x, given, None, None, None, None, bias=strided, padding=kernel // 2, act="identity")
+            expected = F.conv2d(x, given, strided, padding=kernel // 2, groups=groups)
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from numerics import assert_within_rule, check_op, poison_new_empty
 
-from bbfast import dispatch, extension, nn
+from bbfast import dispatch, env, extension, nn
 from bbfast.ops import depthwise_conv_bn_act as op
 from bbfast.reference.activation import ACTIVATIONS
 from bbfast.reference.depthwise_conv_bn_act import depthwise_conv_bn_act as reference
@@ -597,3 +598,33 @@ def test_reference_has_the_ops_signature_order():
     names = list(inspect.signature(reference).parameters)
     assert names[:7] == ["x", "weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var"]
     assert names[7:] == ["stride", "padding", "dilation", "training", "momentum", "eps", "act", "squeeze"]
+
+
+# ---- vectors of any strides ----------------------------------------------------------------------------------
+
+
+def strided(vector: torch.Tensor) -> torch.Tensor:
+    return torch.stack([vector, torch.full_like(vector, math.nan)], dim=1)[:, 0]
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+@pytest.mark.parametrize("training, batch_norm", [(False, True), (True, True), (False, False)])
+def test_vectors_of_any_strides(backend, training, batch_norm, monkeypatch, device):
+    if backend == "auto":  # the CPU's own kernels
+        monkeypatch.setattr(env, "TRITON_INTERPRET", False)
+    elif missing := dispatch.triton_unavailable_reasons(torch.zeros(1, device=device)):
+        pytest.skip("; ".join(missing))
+    monkeypatch.setenv("BBFAST_BACKEND", backend)
+    x, weight, bias, vectors = Case((2, 8, 5, 6), bias=True, batch_norm=batch_norm, channels_last=False).inputs(device)
+
+    def run(change, needs_grad):
+        leaves = [change(t).detach().requires_grad_(needs_grad) for t in (weight.flatten(), bias)]
+        leaves += [change(vectors[k]).detach().requires_grad_(needs_grad) for k in vectors if batch_norm and "bn" in k]
+        w, b, *affine = leaves
+        running = [change(vectors[k].clone()) if batch_norm else None for k in ("running_mean", "running_var")]
+        y = op(x, w.view(weight.shape), *(affine or (None, None)), *running, bias=b, padding=1, training=training)
+        return y, torch.autograd.grad(y.square().sum(), leaves) if needs_grad else [], running
+
+    for needs_grad in (False, True):
+        found, expected = run(strided, needs_grad), run(lambda t: t, needs_grad)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

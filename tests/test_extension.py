@@ -222,6 +222,16 @@ def test_bad_arguments_are_named(module, message):
         module.depthwise_conv_bn_act(**{**arguments, **BAD_ARGUMENTS[message]})
 
 
+def test_a_build_of_older_sources_is_named(monkeypatch):
+    from types import SimpleNamespace
+
+    older = SimpleNamespace(build_info=lambda: {"torch": torch.__version__})
+    monkeypatch.setattr(extension.importlib, "import_module", lambda name: older)
+    monkeypatch.setattr(extension.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(extension.BrokenExtensionError, match="older sources, without call_key; rebuild"):
+        extension.load.__wrapped__()
+
+
 # ---- what the build was made of --------------------------------------------------------------------------
 
 

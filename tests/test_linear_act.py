@@ -136,11 +136,27 @@ def test_onednn_on_the_cpu(scaled, residual, monkeypatch):
                 y = call(x, *tensors[1:], act)
             expect(y, tensors, act, act)
             assert y.is_contiguous() and dispatch.last_choices()["linear_act"].backend == "onednn"
+    for bias in (torch.randn(80)[::2], torch.randn(1).expand(40)):  # oneDNN itself takes strides for none
+        given = [tensors[0], tensors[1], bias, *tensors[3:]]
+        with torch.no_grad():
+            expect(call(*given, "relu"), given, "relu")
     if residual:  # what is wider than the product is not written over it
         with torch.no_grad():
             assert call(*tensors[:4], tensors[4].double()).dtype == torch.float64
     for tensor, before in zip(tensors, kept):
         assert tensor is None or torch.equal(tensor, before)
+
+
+@pytest.mark.parametrize("place", [3, 4], ids=["layer_scale", "residual"])
+def test_what_only_stands_for_tensors_is_not_written_over(place, monkeypatch):
+    monkeypatch.delenv("BBFAST_BACKEND", raising=False)
+    tensors = inputs((3,), 16, 24, torch.float32, "cpu")
+    pair = [tensors[place], tensors[place] + 100]
+    wrapped = [*tensors[:place], TwoTensor(*pair), *tensors[place + 1 :]]
+    with torch.no_grad():
+        y = call(*wrapped)
+        for ours, one in zip((y.a, y.b), pair):
+            torch.testing.assert_close(ours, call(*tensors[:place], one, *tensors[place + 1 :]))
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,15 @@ HALF = torch.float16
 def repeating(monkeypatch):
     if reason := extension.unavailable_reason():
         pytest.skip(reason)
-    if torch.cuda.is_available():
-        pytest.skip("tests/test_swap_gpu.py and the ops' own tests repeat calls there; this interprets kernels")
-    repeat_interpreted(monkeypatch)
+    if not torch.cuda.is_available():
+        repeat_interpreted(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def on_gpu():
+    """Tensors are made on the GPU if there is one, else on the CPU, where kernels are interpreted."""
+    with torch.device("cuda") if torch.cuda.is_available() else contextlib.nullcontext():
+        yield
 
 
 def randn(*shape):
@@ -183,9 +189,9 @@ def test_keys_tell_calls_apart(monkeypatch):
         key(x, y, None, 1e-5, "relu", (1, 1), 1.0),
         key(x, y, None, 1e-5, "relu", 1, 1, eps=1.0),
     ]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         keys.append(key(x, y, None, 1e-5, "relu", (1, 1), eps=1.0))
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(x.device.type, torch.float16):
         keys.append(key(x, y, None, 1e-5, "relu", (1, 1), eps=1.0))
     monkeypatch.setenv("BBFAST_BACKEND", "triton")
     keys.append(key(x, y, None, 1e-5, "relu", (1, 1), eps=1.0))
@@ -199,6 +205,7 @@ def test_what_cannot_be_told_apart_has_no_key(monkeypatch):
         pass
 
     others = (x.as_subclass(Other), object(), (x, x), {}, np.float64(1), torch.empty(0), x.to_sparse(), x.to("meta"))
+    others += (torch._neg_view(x), torch.complex(x, y := torch.randn(4, 6)).conj().imag, torch.complex(x, y).conj())
     for other in others:
         assert key(x, other) is None and key(x, other=other) is None
     assert key(1, x) is None and key() is None
@@ -277,7 +284,7 @@ def test_gradients_are_not_repeated(remembered, monkeypatch):
 
 def test_autocast_and_backend_belong_to_the_kind(remembered, monkeypatch):
     repeated = count_repetitions(monkeypatch)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16):
         assert linear().dtype == torch.bfloat16
     monkeypatch.setenv("BBFAST_BACKEND", "torch")
     for _ in range(4):

@@ -305,7 +305,8 @@ def sum_partials_into(
         keep_sums: whether the sums of all columns are returned too, fp32.
     """
     sums = partials.new_empty(partials.shape[1]) if keep_sums else None
-    _launch_sums(partials, sums, first, second)
+    if any(out is not None for out in (sums, first, second)):
+        _launch_sums(partials, sums, first, second)
     return sums
 
 
@@ -317,21 +318,22 @@ def sum_taps_into(partials: torch.Tensor, grad_weight: torch.Tensor, channels_la
     _, taps_t, taps_s, padded_channels = partials.shape
     partials = partials.flatten(1)
     config = _sum_config(partials)
-    launch_kernel(
-        _sum_taps_kernel,
-        (cdiv(partials.shape[1], config.block_k),),
-        partials,
-        grad_weight,
-        *partials.shape,
-        padded_channels,
-        grad_weight.shape[0],
-        taps_t * taps_s,
-        taps_s,
-        *((taps_s, 1) if channels_last else (1, taps_t)),
-        BLOCK_P=config.block_p,
-        BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
-    )
+    with torch.cuda.device(partials.device) if partials.is_cuda else nullcontext():
+        launch_kernel(
+            _sum_taps_kernel,
+            (cdiv(partials.shape[1], config.block_k),),
+            partials,
+            grad_weight,
+            *partials.shape,
+            padded_channels,
+            grad_weight.shape[0],
+            taps_t * taps_s,
+            taps_s,
+            *((taps_s, 1) if channels_last else (1, taps_t)),
+            BLOCK_P=config.block_p,
+            BLOCK_K=config.block_k,
+            num_warps=config.num_warps,
+        )
 
 
 def _launch_sums(partials, sums, first, second) -> None:

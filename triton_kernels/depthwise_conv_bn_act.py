@@ -32,7 +32,7 @@ from .depthwise_conv_kernels import (
     _weight_grad_kernel,
 )
 from .integers import cdiv, is_power_of_2
-from .layout import is_channels_last, new_output
+from .layout import dense, is_channels_last, new_output
 from .replay import launch_kernel, remembers
 
 # ---- launch configuration --------------------------------------------------------------------------------
@@ -388,11 +388,7 @@ def _pack(problem, bias, bn_weight, bn_bias, mean, spread, eps, spread_kind):
         _pack_kernel,
         (problem.packed_stride // PACKED_CHANNELS, kernel_t),
         weight,
-        bias,
-        bn_weight,
-        bn_bias,
-        mean,
-        spread,
+        *(dense(vector) for vector in (bias, bn_weight, bn_bias, mean, spread)),
         packed,
         problem.channels,
         problem.packed_stride,
@@ -420,7 +416,7 @@ def _statistics(problem, packed, bias, running_mean, running_var, momentum, eps)
         (cut.programs * cut.c_tiles,),
         x,
         packed,
-        bias,
+        dense(bias),
         partials,
         problem.batch,
         cut.config.images,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from bbfast.ops._batch_norm import scale_and_shift
 from bbfast.reference.activation import IN_PLACE_ACTIVATIONS
+from bbfast.triton_kernels.layout import dense
 
 # oneDNN's names for activations. Its relu and clip turn NaN into 0, and its gelu on AVX-512 infinity into NaN, where
 # torch's keep them, so these three run after the convolution, in place.
@@ -79,7 +80,7 @@ def _has_avx512() -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`x @ weight.T + bias`, contiguous, no gradients. The bias is added where the sums are, not in a pass before."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, dense(bias), "none", [], "")
 
 
 def conv_bn_act(
@@ -131,6 +132,6 @@ def fold_batch_norm(weight, bias, bn_weight, bn_bias, running_mean, running_var,
     Without running statistics they come back as they are.
     """
     if running_mean is None:
-        return weight, None if bias is None else bias.to(weight.dtype)
+        return weight, None if bias is None else dense(bias).to(weight.dtype)  # oneDNN takes strides for none
     scale, shift = scale_and_shift(bias, bn_weight, bn_bias, running_mean, running_var, eps)
     return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)

@@ -252,7 +252,7 @@ def batch_norm_act(
     left_to_compiler = not training and act in FUSED_BY_COMPILER and _common.compiler_fuses(*tensors)
     if dispatch.wants_plain_torch() or left_to_compiler or _common.left_to_torch(OP, x):
         y, _, _ = reference(*tensors, running_mean, running_var, training, momentum, eps, act)
-        y = in_format_of(x, y)
+        y = in_format_of(x, x.clone() if y is x else y)
     elif _common.needs_grad(*tensors):
         y = _BatchNormAct.apply(*tensors, running_mean, running_var, training, float(momentum), float(eps), act)
     elif training:

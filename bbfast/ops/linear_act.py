@@ -126,7 +126,8 @@ def _compose(x, weight, bias, layer_scale, residual, act) -> torch.Tensor:
 def _compose_inference(x, weight, bias, layer_scale, residual, act, linear=F.linear) -> torch.Tensor:
     """The same without gradients, in as few new tensors as there can be."""
     y = IN_PLACE_ACTIVATIONS[act](linear(x, weight, bias))
-    out = y if type(y) is torch.Tensor and y.dtype == _dtype(x, layer_scale, residual) else None
+    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (y, layer_scale, residual) if t is not None)
+    out = y if plain and y.dtype == _dtype(x, layer_scale, residual) else None
     if residual is None:
         return y if layer_scale is None else torch.mul(y, layer_scale, out=out)
     if layer_scale is None:
