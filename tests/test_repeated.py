@@ -304,7 +304,7 @@ def test_running_statistics_move_in_repeated_calls(monkeypatch):
         expected = mean.clone(), var.clone()
         ops.batch_norm_act(x, weight, bias, mean, var, training=True)
         torch.nn.functional.batch_norm(x.float(), *expected, weight, bias, training=True)
-        torch.testing.assert_close((mean, var), expected)
+        torch.testing.assert_close((mean, var), expected, rtol=1e-4, atol=1e-5)
     assert len(repeated) == 2
 
 
