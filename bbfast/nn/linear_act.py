@@ -49,7 +49,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def apply_linear(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """`layer(x)`, through `linear` as far as the layer only lends its parameters; see `apply_linear_act`."""
+    """`layer(x)` as `linear` has it, as far as the layer only lends its parameters; see `apply_linear_act`."""
     return apply_linear_act(layer, x) if _is_on_cpu(x) else layer(x)
 
 
